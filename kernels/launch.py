@@ -1,0 +1,98 @@
+"""Where an op runs, and with how many threads: the dispatch and the launch table.
+
+T tokens (rows), D hidden size.
+"""
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+_SETTING = "TRSP_KERNELS"
+_MAX_BLOCK = 1024
+# 8 elements a thread: one 128-bit access in 16-bit dtypes, two in fp32.
+_ELEMENTS_PER_WARP = 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's compile-time shape; `options()` are keywords of every launch."""
+
+    block: int
+    num_warps: int
+
+    def options(self) -> dict[str, int | bool]:
+        """Block and compiler options, each explicit.
+
+        Multiply-add fusion is off: the kernels are bound by memory, and without it the residual
+        stream is bit-equal to the reference on every device and Triton version.
+        """
+        return {
+            "BLOCK": self.block,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+            "enable_fp_fusion": False,
+        }
+
+
+def gate_launch(hidden_size: int) -> Launch:
+    """The launch of a gate kernel: one program a row, looping over blocks of D."""
+    block = min(_MAX_BLOCK, 1 << (hidden_size - 1).bit_length())
+    return Launch(block, max(1, block // _ELEMENTS_PER_WARP))
+
+
+def choose_backend(x: Tensor) -> Backend:
+    """Triton for CUDA tensors outside torch.compile, else the reference; TRSP_KERNELS overrides.
+
+    `auto` takes the reference for what Triton cannot run here (CPU tensors, float64, a traced
+    graph, no Triton installed); `triton` makes the same an error.
+
+    Raises:
+        ValueError: TRSP_KERNELS is not auto, triton or reference, or it forces the impossible.
+    """
+    setting = os.environ.get(_SETTING, "auto")
+    if setting not in ("auto", "triton", "reference"):
+        raise ValueError(f"{_SETTING}={setting!r}; choose auto, triton or reference")
+    if setting == "reference" or (setting == "auto" and not x.is_cuda):
+        return "reference"
+    obstacle = _triton_obstacle(x)
+    if obstacle is None:
+        return "triton"
+    if setting == "triton":
+        raise ValueError(f"{_SETTING}=triton is impossible here: {obstacle}; set {_SETTING}=auto")
+    return "reference"
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., D] as [T, D] with unit stride in D: a view where strides allow it, else a copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _triton_obstacle(x: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing, and an opaque kernel would end its fusion"
+    if not _triton_is_installed():
+        return "triton is not installed (it exists for Linux: pip install triton)"
+    if x.dtype == torch.float64:
+        return "the kernels have no float64"
+    if not x.is_cuda and not _triton_interprets():
+        return f"the tensors are on {x.device}, not on CUDA"
+    return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

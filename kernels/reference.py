@@ -1,0 +1,197 @@
+"""The gate ops in plain torch: the formulas that the Triton kernels are held to.
+
+T tokens (any leading shape), D hidden size; x, attn_out (a), mlp_out (m) and y are [..., D], the
+gate s is [1], norms are [...]. Everything is computed in fp32 (float64 for float64 inputs) and
+rounded where the unmodified model rounds:
+
+    y = (x + a) + m         each sum rounded to x's dtype, as the model does
+    d = a + m  or  y - x    never rounded before the norm
+    z = x + s * (y - x)     residual gate; exactly y at s = 1, exactly x at s = 0
+    z = s * y               output gate
+    n = ||d||_p             l1, l2, or squared l2
+
+Formulas: TRSP, arXiv 2505.18232, stages 1 and 2.
+"""
+
+import torch
+from torch import Tensor
+
+from trsp.kernels.arguments import GateKind, Norm
+
+
+def gated_branch_forward(
+    x: Tensor,
+    attn_out: Tensor,
+    mlp_out: Tensor | None,
+    gate: Tensor,
+    *,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    ref_norm: bool,
+    save_d: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """z, d in x's dtype if `save_d` (attn_out itself where it is d), diff_norm, x_norm."""
+    dtype = _compute_dtype(x)
+    y, d = (x + attn_out).to(x.dtype), attn_out.to(dtype)
+    if mlp_out is not None:
+        y, d = (y + mlp_out).to(x.dtype), d + mlp_out.to(dtype)
+    z = _apply_gate(x, y, gate, gate_kind)
+    saved = None
+    if save_d:
+        saved = attn_out if mlp_out is None else d.to(x.dtype)
+    diff_norm = None if norm is None else _norm_of(d, norm)
+    x_norm = _norm_of(x.to(dtype), norm) if ref_norm and norm is not None else None
+    return z, saved, diff_norm, x_norm
+
+
+def gated_branch_backward(
+    dz: Tensor | None,
+    d: Tensor | None,
+    x: Tensor | None,
+    diff_norm: Tensor | None,
+    norm_grad: Tensor | None,
+    gate: Tensor,
+    *,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    branch_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dgate: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dbranch (of both branches) if `branch_dtype`, dx of an output gate, dgate.
+
+    At least one of dz and norm_grad is given. x is read for an output gate's dgate alone.
+    """
+    dtype = _compute_dtype(_given(dz, norm_grad))
+    dz_wide = None if dz is None else dz.to(dtype)
+    scaled = None if dz_wide is None else gate.to(dtype) * dz_wide
+    dbranch = dx = dgate = c = None
+    if norm_grad is not None and norm is not None:
+        assert d is not None
+        c = _norm_gradient(d.to(dtype), diff_norm, norm_grad, norm)
+    if branch_dtype is not None:
+        dbranch = _add(scaled, c)
+    if need_dx and dz is not None and scaled is not None:
+        dx = scaled.to(dz.dtype)
+    if need_dgate and dz_wide is not None:
+        assert d is not None
+        moved = d.to(dtype) if x is None else d.to(dtype) + x.to(dtype)
+        dgate = _sum_to_gate(dz_wide * moved, gate)
+    return None if dbranch is None else dbranch.to(branch_dtype), dx, dgate
+
+
+def gated_difference_forward(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    *,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    ref_norm: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """z, diff_norm, x_norm."""
+    dtype = _compute_dtype(x)
+    z = _apply_gate(x, y, gate, gate_kind)
+    diff_norm = None if norm is None else _norm_of(y.to(dtype) - x.to(dtype), norm)
+    x_norm = _norm_of(x.to(dtype), norm) if ref_norm and norm is not None else None
+    return z, diff_norm, x_norm
+
+
+def gated_difference_backward(
+    dz: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    diff_norm: Tensor | None,
+    norm_grad: Tensor | None,
+    gate: Tensor,
+    *,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    need_dx: bool,
+    need_dy: bool,
+    need_dgate: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dgate; at least one of dz and norm_grad is given.
+
+    y is given with norm_grad and for dgate; x too, except for an output gate's dgate alone.
+    dx is (1 - s) * dz - c and never dz - dy: that would round c away where dz is large.
+    """
+    grad = _given(dz, norm_grad)
+    dtype = _compute_dtype(grad)
+    grad_dtype = grad.dtype if y is None else y.dtype
+    s = gate.to(dtype)
+    dz_wide = None if dz is None else dz.to(dtype)
+    dx = dy = dgate = c = None
+    if norm_grad is not None and norm is not None:
+        assert x is not None
+        assert y is not None
+        c = _norm_gradient(y.to(dtype) - x.to(dtype), diff_norm, norm_grad, norm)
+    if need_dx:
+        along_x = None if dz_wide is None or gate_kind == "output" else (1 - s) * dz_wide
+        dx = _add(along_x, None if c is None else -c)
+    if need_dy:
+        dy = _add(None if dz_wide is None else s * dz_wide, c)
+    if need_dgate and dz_wide is not None:
+        assert y is not None
+        moved = y.to(dtype)
+        if gate_kind == "residual":
+            assert x is not None
+            moved = moved - x.to(dtype)
+        dgate = _sum_to_gate(dz_wide * moved, gate)
+    return (
+        None if dx is None else dx.to(grad_dtype),
+        None if dy is None else dy.to(grad_dtype),
+        dgate,
+    )
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _given(dz: Tensor | None, norm_grad: Tensor | None) -> Tensor:
+    """Either gradient tells the dtype to compute in; backward never runs without both."""
+    grad = norm_grad if dz is None else dz
+    assert grad is not None
+    return grad
+
+
+def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _apply_gate(x: Tensor, y: Tensor, gate: Tensor, gate_kind: GateKind) -> Tensor:
+    dtype = _compute_dtype(x)
+    s, y_wide = gate.to(dtype), y.to(dtype)
+    if gate_kind == "output":
+        return (s * y_wide).to(x.dtype)
+    x_wide = x.to(dtype)
+    z = (x_wide + s * (y_wide - x_wide)).to(x.dtype)
+    # Selected, not computed: y - x is not exact in fp32, and 0 * inf would revive a dead layer.
+    return torch.where(s == 0, x, torch.where(s == 1, y, z))
+
+
+def _norm_of(d: Tensor, norm: Norm) -> Tensor:
+    if norm == "l1":
+        return d.abs().sum(dim=-1)
+    squared = d.square().sum(dim=-1)
+    return squared.sqrt() if norm == "l2" else squared
+
+
+def _norm_gradient(d: Tensor, diff_norm: Tensor | None, norm_grad: Tensor, norm: Norm) -> Tensor:
+    """c, the gradient of the norms' weighted sum to d: finite and 0 where d is 0."""
+    if norm == "l1":
+        return norm_grad.unsqueeze(-1) * d.sign()
+    if norm == "l2_squared":
+        return (2 * norm_grad).unsqueeze(-1) * d
+    assert diff_norm is not None
+    still = diff_norm == 0
+    scale = torch.where(still, 0.0, norm_grad / torch.where(still, 1.0, diff_norm))
+    return scale.unsqueeze(-1) * d
+
+
+def _sum_to_gate(terms: Tensor, gate: Tensor) -> Tensor:
+    """Sum per token, then over tokens: the order of the kernels."""
+    return terms.sum(dim=-1).sum().view(1).to(gate.dtype)

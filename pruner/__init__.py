@@ -1,0 +1,1 @@
+"""The method: select layers, move their knowledge, delete them, prove it."""

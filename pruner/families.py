@@ -1,0 +1,123 @@
+"""Where a loaded model keeps its decoder layers, their residual branches and its output head.
+
+Found from structure and checked on a probe, not looked up by family name: a layer's branches are
+the two children whose outputs `a` and `m` satisfy `y == (x + a) + m` bit for bit.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsp.pruner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Names of the two children of a layer whose outputs enter its residual stream, in order."""
+
+    attention: str
+    mlp: str
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the language model, also inside a multimodal one."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, in order.
+
+    Raises:
+        UserError: no list of modules, or more than one, has the configured number of layers.
+    """
+    expected = text_config(model).num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.rpartition(".")[2] in ("layers", "h", "blocks")
+        and len(module) == expected
+    ]
+    if len(found) != 1:
+        names = [name for name, _ in found]
+        raise UserError(
+            f"{type(model).__name__}: expected one list of {expected} decoder layers, found "
+            f"{names or 'none'}; this architecture is not supported yet"
+        )
+    return found[0][1]
+
+
+def first_tensor(output: Any) -> Any:
+    """A module's main output: transformers return it bare or as the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
+    """Each decoder layer's residual branches; None where the layer is not x + a + m.
+
+    Runs one forward pass on eight tokens with the model in eval mode. Raises UserError when a
+    layer returns anything but one tensor.
+    """
+    layers = decoder_layers(model)
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    children: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(layers))}
+    handles = []
+
+    def watch_layer(index: int) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[index] = args[0] if args else kwargs["hidden_states"]
+
+        def after(module: nn.Module, _args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise UserError(
+                    f"{type(module).__name__} returns {type(output).__name__}, not one tensor: "
+                    "a layer with side results cannot be skipped; it is not supported yet"
+                )
+            outputs[index] = output
+
+        handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layers[index].register_forward_hook(after))
+        for name, child in layers[index].named_children():
+
+            def after_child(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
+                tensor = first_tensor(output)
+                if isinstance(tensor, Tensor):
+                    children[index][name] = tensor
+
+            handles.append(child.register_forward_hook(after_child))
+
+    for index in range(len(layers)):
+        watch_layer(index)
+    vocabulary = int(text_config(model).vocab_size)
+    tokens = torch.arange(3, 11, device=model.device).remainder(vocabulary).unsqueeze(0)
+    was_training = model.training
+    try:
+        model.eval()
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return tuple(
+        _match_branches(inputs[index], outputs[index], children[index])
+        for index in range(len(layers))
+    )
+
+
+def _match_branches(x: Tensor, y: Tensor, children: dict[str, Tensor]) -> Branches | None:
+    fitting = {
+        name: tensor.reshape(x.shape)
+        for name, tensor in children.items()
+        if tensor.numel() == x.numel()
+    }
+    # Children are in order of execution: hooks fill the dictionary as they fire.
+    for first, second in combinations(fitting, 2):
+        if torch.equal((x + fitting[first]) + fitting[second], y):
+            return Branches(first, second)
+    return None

@@ -1,0 +1,197 @@
+"""Put the fused op into each decoder layer: the only place where a layer becomes x + s * d.
+
+Both stages, every criterion and the proof's masked model run through the same patched layers. A
+layer's own forward is kept: its branch outputs are read as it runs and `gated_branch` forms the
+gated output and the difference norm from them; a layer without two plain branches goes through
+`gated_difference`.
+
+B batch, T tokens, D hidden size, L layers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from trsp.kernels.gated_branch import gated_branch
+from trsp.kernels.gated_difference import gated_difference
+from trsp.pruner.families import Branches, decoder_layers, find_branches, first_tensor
+from trsp.pruner.losses import language_model_loss
+
+GateKind = Literal["residual", "output"]
+Norm = Literal["l1", "l2", "l2_squared"]
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far one layer moved each token: ||y - x|| and ||x||, both [B, T] fp32."""
+
+    difference: Tensor
+    reference: Tensor
+
+    def relative(self) -> Tensor:
+        """Mean over tokens of ||y - x|| / ||x||, a scalar; no gradient through ||x||."""
+        floor = torch.finfo(self.reference.dtype).tiny
+        return (self.difference / self.reference.clamp_min(floor)).mean()
+
+    def absolute(self) -> Tensor:
+        """Mean over tokens of ||y - x||, in activation units, a scalar."""
+        return self.difference.mean()
+
+
+class GatedModel:
+    """A model whose layers can be skipped, scaled and measured; a context manager.
+
+    Outside `with` the model is untouched: parameters, names and hooks are the model's own.
+
+    Attributes set between forward passes:
+        skipped: layers that pass their input on unchanged (deleted, as far as anyone can tell).
+        gates: fp32 [L] or None; layer i in `gated` computes x + gates[i] * (y - x).
+        gated: the layers whose gate is applied.
+        measured: the layers whose difference norm is recorded in `differences`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        gate_kind: GateKind = "residual",
+        norm: Norm = "l2",
+        checkpoint_activations: bool = False,
+    ) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.branches: tuple[Branches | None, ...] = find_branches(model)
+        self.gate_kind: GateKind = gate_kind
+        self.norm: Norm = norm
+        self.checkpoint_activations = checkpoint_activations
+        self.skipped: frozenset[int] = frozenset()
+        self.gates: Tensor | None = None
+        self.gated: frozenset[int] = frozenset()
+        self.measured: frozenset[int] = frozenset()
+        self.differences: dict[int, LayerDifference] = {}
+        self._captured: dict[tuple[int, str], Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._was_training = model.training
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def __enter__(self) -> Self:
+        # Dropout off in both stages: 128 sequences are a calibration set, and the dense model's
+        # function is the target.
+        self._was_training = self.model.training
+        self.model.eval()
+        for index, layer in enumerate(self.layers):
+            self._capture_branches(index, layer)
+            layer.forward = self._gated_forward(index, layer.forward)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+        for layer in self.layers:
+            del layer.forward
+        self.model.train(self._was_training)
+
+    @contextmanager
+    def masking(self, layers: Iterable[int]) -> Iterator[None]:
+        """Skip these layers, and only these, inside the block; gates and norms are off."""
+        before = (self.skipped, self.gated, self.measured)
+        self.skipped, self.gated, self.measured = frozenset(layers), frozenset(), frozenset()
+        try:
+            yield
+        finally:
+            self.skipped, self.gated, self.measured = before
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of token ids [B, T]; the KV cache is off (masked layers leave holes)."""
+        self.differences.clear()
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def masked_loss(self, input_ids: Tensor, removed: Iterable[int], batch_size: int) -> float:
+        """Language-model loss in nats on tokens [N, T] with the layers `removed` skipped."""
+        total = 0.0
+        with self.masking(removed):
+            for start in range(0, len(input_ids), batch_size):
+                batch = input_ids[start : start + batch_size].to(self.model.device)
+                total += float(language_model_loss(self.logits(batch), batch)) * len(batch)
+        return total / len(input_ids)
+
+    def _capture_branches(self, index: int, layer: nn.Module) -> None:
+        branches = self.branches[index]
+        if branches is None:
+            return
+        for name in (branches.attention, branches.mlp):
+
+            def keep(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+                if index in self.gated or index in self.measured:
+                    self._captured[index, name] = first_tensor(output)
+
+            self._handles.append(layer.get_submodule(name).register_forward_hook(keep))
+
+    def _gated_forward(self, index: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index in self.skipped:
+                return hidden_states
+            call = self._call_layer
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # The reentrant kind drops the penalty's gradient without a word.
+                z, n, r = checkpoint(
+                    call, index, original, hidden_states, *args, use_reentrant=False, **kwargs
+                )
+            else:
+                z, n, r = call(index, original, hidden_states, *args, **kwargs)
+            if n is not None:
+                self.differences[index] = LayerDifference(n, r)
+            return z
+
+        return forward
+
+    def _call_layer(
+        self,
+        index: int,
+        original: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y: Tensor = original(x, *args, **kwargs)
+        measured = index in self.measured
+        if index not in self.gated and not measured:
+            return y, None, None
+        gate = self._gate(index, x)
+        options: dict[str, Any] = {
+            "gate_kind": self.gate_kind,
+            "norm": self.norm if measured else None,
+            "ref_norm": measured,
+        }
+        branches = self.branches[index]
+        if branches is None:
+            z, n, r = gated_difference(x, y, gate, **options)
+        else:
+            attention = self._captured.pop((index, branches.attention)).reshape(x.shape)
+            mlp = self._captured.pop((index, branches.mlp)).reshape(x.shape)
+            z, n, r = gated_branch(x, attention, mlp, gate, **options)
+        return z, n, r
+
+    def _gate(self, index: int, x: Tensor) -> Tensor:
+        if index in self.gated and self.gates is not None:
+            return self.gates[index : index + 1]
+        return torch.ones(1, dtype=torch.float32, device=x.device)

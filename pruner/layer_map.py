@@ -1,0 +1,584 @@
+"""The layer map: which layers a pruned model keeps, and how that came about.
+
+The contract between pruning and serving. Reading one needs the standard library alone. An index
+into the unpruned model is a `source_layer`, into the pruned one a `layer`; lists are explicit and
+a range in text includes its end, so no index is ever ambiguous.
+
+L layers in the base model.
+"""
+
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any, Self, SupportsIndex
+
+from trsp.pruner.bounded_json import parse_json_object
+from trsp.pruner.durable import atomic_write
+from trsp.pruner.errors import UserError
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 32
+MAX_LAYERS = 2**16
+
+
+class LayerMapError(UserError):
+    """The layer map or layer list is not what it must be; the text names the index or field."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The unpruned model. `fingerprint`: sha256 over its architecture and tensors (checkpoint)."""
+
+    name: str
+    num_hidden_layers: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("name", self.name), ("fingerprint", self.fingerprint)):
+            if not isinstance(value, str) or not value.strip():
+                raise LayerMapError(f"base_model.{name} is {brief(value)}, expected text")
+            _set(self, **{name: _json_value(value, f"base_model.{name}")})
+        count = _integer(self.num_hidden_layers, "base_model.num_hidden_layers")
+        if not 1 <= count <= MAX_LAYERS:
+            raise LayerMapError(f"base_model.num_hidden_layers is {count}, not 1 to {MAX_LAYERS}")
+        _set(self, num_hidden_layers=count)
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of the pruned model. `gate`: its learned gate; None where none was learned."""
+
+    layer: int
+    source_layer: int
+    gate: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "source_layer"):
+            _set(self, **{name: _integer(getattr(self, name), name)})
+        if self.gate is not None:
+            number = isinstance(self.gate, int | float) and not isinstance(self.gate, bool)
+            if not number or not math.isfinite(self.gate):
+                raise LayerMapError(f"gate is {brief(self.gate)}, expected a finite number or null")
+            _set(self, gate=float(self.gate))
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """A field of config.json that depends on the layers. `before` or `after` None: not there.
+
+    `field` is dotted inside a nested config: `text_config.layer_types`.
+    """
+
+    field: str
+    before: Any
+    after: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.field, str) or not self.field:
+            raise LayerMapError(f"config change: field is {brief(self.field)}, expected a name")
+        for name in ("field", "before", "after"):
+            _set(self, **{name: _json_value(getattr(self, name), f"{name} of {brief(self.field)}")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMap:
+    """Which layers stay, which go, in what order they went, and how that was decided.
+
+    Attributes:
+        kept, dropped: source layers, ascending; together exactly 0..L-1. At least one is kept.
+        removal_order: the dropped layers in the order of picking: every prefix is a valid model.
+        layers: one entry for each kept layer, in the new order.
+        config_changes: what compaction changed in config.json; empty before compaction.
+        method: name, recipe, seeds, package version.   calibration: what was learned from.
+        steps: gates, loss and penalty of each pick; one record when one decision picked them all.
+
+    Everything is checked and copied when a map is made, so a LayerMap that exists is sound.
+    Raises:
+        LayerMapError: anything is inconsistent.
+    """
+
+    base_model: BaseModel
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+    removal_order: tuple[int, ...]
+    layers: tuple[LayerEntry, ...]
+    config_changes: tuple[ConfigChange, ...] = ()
+    method: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    steps: tuple[dict[str, Any], ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _check_version(self.schema_version)
+        if not isinstance(self.base_model, BaseModel):
+            raise LayerMapError(f"base_model is {brief(self.base_model)}, expected a BaseModel")
+        num_layers = self.base_model.num_hidden_layers
+        steps = enumerate(_records(self.steps, Mapping, "steps"))
+        _set(
+            self,
+            kept=_indices(self.kept, "kept", num_layers),
+            dropped=_indices(self.dropped, "dropped", num_layers),
+            removal_order=_indices(self.removal_order, "removal_order", num_layers),
+            layers=_records(self.layers, LayerEntry, "layers"),
+            config_changes=_records(self.config_changes, ConfigChange, "config_changes"),
+            method=_json_object(self.method, "method"),
+            steps=tuple(_json_object(step, f"steps[{n}]") for n, step in steps),
+        )
+        if self.calibration is not None:
+            _set(self, calibration=_json_object(self.calibration, "calibration"))
+        _check_partition(self.kept, self.dropped, num_layers)
+        if kept := sorted(set(self.removal_order) - set(self.dropped)):
+            raise LayerMapError(f"removal_order names layer {kept[0]}, which is kept")
+        if missing := sorted(set(self.dropped) - set(self.removal_order)):
+            raise LayerMapError(f"removal_order lacks layer {missing[0]}, which is dropped")
+        if len(self.layers) != len(self.kept):
+            raise LayerMapError(f"layers has {len(self.layers)} entries, kept {len(self.kept)}")
+        for layer, (entry, old) in enumerate(zip(self.layers, self.kept, strict=True)):
+            if (entry.layer, entry.source_layer) != (layer, old):
+                raise LayerMapError(
+                    f"layers[{layer}] is layer {entry.layer} from source_layer "
+                    f"{entry.source_layer}, expected layer {layer} from source_layer {old}"
+                )
+
+    @classmethod
+    def from_removal_order(
+        cls,
+        base_model: BaseModel,
+        removal_order: Iterable[SupportsIndex],
+        *,
+        gates: Sequence[float | None] | None = None,
+        config_changes: Iterable[ConfigChange] = (),
+        method: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        steps: Iterable[Mapping[str, Any]] = (),
+    ) -> Self:
+        """The map that drops these source layers, picked in this order.
+
+        Args:
+            gates: [L], one for each source layer; those of dropped layers are not recorded.
+        Raises:
+            LayerMapError: an index is repeated or does not exist, nothing is left, or `gates` has
+                another length.
+        """
+        num_layers = base_model.num_hidden_layers
+        order = _indices(removal_order, "removal_order", num_layers)
+        gone = set(order)
+        kept = tuple(layer for layer in range(num_layers) if layer not in gone)
+        if gates is None:
+            gates = [None] * num_layers
+        if len(gates) != num_layers:
+            raise LayerMapError(
+                f"{len(gates)} gates for {num_layers} layers, expected one for each"
+            )
+        return cls(
+            base_model=base_model,
+            kept=kept,
+            dropped=tuple(sorted(order)),
+            removal_order=order,
+            layers=tuple(LayerEntry(layer, old, gates[old]) for layer, old in enumerate(kept)),
+            config_changes=tuple(config_changes),
+            method=dict(method or {}),
+            calibration=None if calibration is None else dict(calibration),
+            steps=tuple(dict(step) for step in steps),
+        )
+
+    @classmethod
+    def from_drop(
+        cls, base_model: BaseModel, dropped: Iterable[SupportsIndex], **described: Any
+    ) -> Self:
+        """The map that drops these source layers; the order given is the removal order.
+
+        `described`: the keywords of `from_removal_order`, which also names what is raised.
+        """
+        return cls.from_removal_order(base_model, dropped, **described)
+
+    @classmethod
+    def from_keep(
+        cls, base_model: BaseModel, kept: Iterable[SupportsIndex], **described: Any
+    ) -> Self:
+        """The map that keeps these source layers, a set: they stay in the model's own order.
+
+        Nothing tells in what order the others were picked, so the removal order ascends.
+        `described`: the keywords of `from_removal_order`, which also names what is raised.
+        """
+        stays = set(_indices(kept, "kept", base_model.num_hidden_layers))
+        order = [layer for layer in range(base_model.num_hidden_layers) if layer not in stays]
+        return cls.from_removal_order(base_model, order, **described)
+
+    def prefix(self, num_removals: int) -> Self:
+        """The map with only the first `num_removals` removals: 0 is the dense model, all is self.
+
+        A layer that comes back has no gate (None); the others keep theirs, learned with every
+        removal in place. `config_changes` is dropped: it told of the deeper cut, and compaction
+        finds its own. Steps after the last removal are dropped where each removal has one.
+        Raises:
+            LayerMapError: not within 0 and the number of removals.
+        """
+        count = _integer(num_removals, "number of removals")
+        if not 0 <= count <= len(self.removal_order):
+            raise LayerMapError(
+                f"{count} removals asked for, the layer map has {len(self.removal_order)}"
+            )
+        if count == len(self.removal_order):
+            return self
+        gates: list[float | None] = [None] * self.base_model.num_hidden_layers
+        for entry in self.layers:
+            gates[entry.source_layer] = entry.gate
+        one_each = len(self.steps) == len(self.removal_order)
+        return self.from_removal_order(
+            self.base_model,
+            self.removal_order[:count],
+            gates=gates,
+            method=self.method,
+            calibration=self.calibration,
+            steps=self.steps[:count] if one_each else self.steps,
+        )
+
+    def with_base_model(self, base_model: BaseModel) -> Self:
+        """The same choice for another model of the same depth, such as the one after transfer.
+
+        Raises:
+            LayerMapError: `base_model` has another number of layers.
+        """
+        ours, theirs = self.base_model.num_hidden_layers, base_model.num_hidden_layers
+        if ours != theirs:
+            raise LayerMapError(
+                f"the layer map is for {ours} layers, {base_model.name!r} has {theirs}"
+            )
+        return replace(self, base_model=base_model)
+
+    def to_json(self) -> str:
+        """JSON text, one line for each field and record; `from_json` gives an equal map.
+
+        Raises:
+            LayerMapError: larger than a layer map may be (16 MiB): `steps` holds too much.
+        """
+        document = {"schema_version": self.schema_version, **asdict(self)}
+        lines = []
+        for name, value in document.items():
+            if isinstance(value, tuple) and value and isinstance(value[0], dict):
+                records = ",\n    ".join(json.dumps(record) for record in value)
+                lines.append(f'  "{name}": [\n    {records}\n  ]')
+            else:
+                lines.append(f'  "{name}": {json.dumps(value)}')
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        if len(text) > MAX_BYTES:
+            raise LayerMapError(
+                f"the layer map takes {len(text)} bytes, at most {MAX_BYTES} may be written; "
+                "record less in `steps`"
+            )
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The map that `to_json` wrote.
+
+        Raises:
+            LayerMapError: too large, not JSON, an unknown schema_version, or inconsistent.
+        """
+        content = text.encode(errors="surrogatepass")
+        if len(content) > MAX_BYTES:
+            raise LayerMapError(f"layer map: is larger than {MAX_BYTES} bytes")
+        try:
+            parsed = parse_json_object(content, where="layer map", unique_keys=True)
+        except UserError as error:
+            raise LayerMapError(str(error)) from error
+        _check_version(parsed.get("schema_version"))
+        _check_keys(parsed, cls, "layer map")
+        parsed["base_model"] = _parse_record(parsed["base_model"], BaseModel, "base_model")
+        for name, kind in (("layers", LayerEntry), ("config_changes", ConfigChange)):
+            parsed[name] = _parse_records(parsed[name], kind, name)
+        return cls(**parsed)
+
+
+def read_layer_map(path: str | os.PathLike[str]) -> LayerMap:
+    """Read a layer map file.
+
+    Raises:
+        LayerMapError: missing, unreadable, or not a sound layer map; the file is named.
+    """
+    content = _read_text(path, MAX_BYTES)
+    try:
+        return LayerMap.from_json(content)
+    except LayerMapError as error:
+        raise LayerMapError(f"{path}: {error}") from error
+
+
+def write_layer_map(layer_map: LayerMap, path: str | os.PathLike[str]) -> None:
+    """Write a layer map file, whole or not at all.
+
+    Raises:
+        LayerMapError: the map is too large.   RunError, OSError: see `durable.atomic_write`.
+    """
+    atomic_write(path, layer_map.to_json())
+
+
+def to_mergekit_slices(
+    layer_map: LayerMap, *, model: str | None = None, dtype: str | None = None
+) -> str:
+    """A mergekit configuration (YAML) that keeps the same layers by a passthrough merge.
+
+    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json and
+    nothing else: per-layer fields such as `layer_types` need `trsp compact`.
+
+    Args:
+        model: folder or hub name to write instead of the base model's name.
+        dtype: mergekit's name of the type to write, such as bfloat16; None leaves each as it is.
+    """
+    name = layer_map.base_model.name if model is None else model
+    # Outside a mapping mergekit splits a model at + (adapter) and @ (revision).
+    source = f"model: {_yaml_text(name)}"
+    if set(name) & set("+@"):
+        source = f"model: {{model: {{path: {_yaml_text(name)}}}}}"
+    lines = ["slices:"]
+    for begin, end in _runs(layer_map.kept):
+        lines += ["  - sources:", f"      - {source}", f"        layer_range: [{begin}, {end}]"]
+    lines.append("merge_method: passthrough")
+    if dtype is not None:
+        lines.append(f"dtype: {_yaml_text(dtype)}")
+    return "\n".join(lines) + "\n"
+
+
+def to_llama_cpp(layer_map: LayerMap) -> str:
+    """The value of `llama-quantize --prune-layers`: the dropped layers, as in `3,7,9`.
+
+    llama.cpp renumbers the rest but leaves per-layer metadata arrays as long as they were
+    (llama.cpp#27976), so convert the compacted checkpoint instead where the model has any.
+    Raises:
+        LayerMapError: nothing is dropped; llama-quantize refuses an empty list.
+    """
+    if not layer_map.dropped:
+        raise LayerMapError("the layer map drops no layer: run llama-quantize without the option")
+    return ",".join(map(str, layer_map.dropped))
+
+
+def parse_layer_list(text: str) -> tuple[int, ...]:
+    """Layers named in text, in the order given: `0-3,7` is 0, 1, 2, 3, 7; a JSON list does too.
+
+    Commas and line ends separate; a range includes its end; blank lines are skipped.
+    Raises:
+        LayerMapError: nothing named, a layer named twice, or an item that is neither.
+    """
+    if text.lstrip().startswith("["):
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LayerMapError(f"layer list: is not a JSON list: {error}") from error
+        layers = [_integer(item, f"layer list: item {n}") for n, item in enumerate(parsed)]
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        layers = [layer for line in lines for item in line.split(",") for layer in _range(item)]
+    if not layers:
+        raise LayerMapError("layer list: names no layer; write for example 0-3,7")
+    return _indices(layers, "layer list", MAX_LAYERS)
+
+
+def import_keep_list(path: str | os.PathLike[str], base_model: BaseModel) -> LayerMap:
+    """The map that keeps the layers a file lists (see `parse_layer_list`).
+
+    Raises:
+        LayerMapError: the file cannot be read or names layers that cannot be kept; it is named.
+    """
+    return _import_list(path, base_model, LayerMap.from_keep, "keep list")
+
+
+def import_drop_list(path: str | os.PathLike[str], base_model: BaseModel) -> LayerMap:
+    """The map that drops the layers a file lists, in that order (see `parse_layer_list`).
+
+    Raises:
+        LayerMapError: the file cannot be read or names layers that cannot go; it is named.
+    """
+    return _import_list(path, base_model, LayerMap.from_drop, "drop list")
+
+
+def _import_list(
+    path: str | os.PathLike[str],
+    base_model: BaseModel,
+    make: Callable[..., LayerMap],
+    kind: str,
+) -> LayerMap:
+    text = _read_text(path, MAX_BYTES)
+    method = {"name": kind, "source": Path(path).name}
+    try:
+        return make(base_model, parse_layer_list(text), method=method)
+    except LayerMapError as error:
+        raise LayerMapError(f"{path}: {error}") from error
+
+
+def _read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise LayerMapError(
+                f"{path}: is larger than {max_bytes} bytes, not a layer map or list"
+            )
+        return content.decode()
+    except OSError as error:
+        raise LayerMapError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LayerMapError(f"{path}: is not UTF-8 text ({error.reason})") from error
+
+
+def _range(item: str) -> range:
+    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", item.strip())
+    if match is None:
+        raise LayerMapError(
+            f"layer list: {brief(item.strip())} is neither a layer nor a range; write 7 or 0-3"
+        )
+    begin, end = int(match[1]), int(match[2] or match[1])
+    if end < begin or end >= MAX_LAYERS:
+        limit = f"0 to {MAX_LAYERS - 1}"
+        raise LayerMapError(f"layer list: {item.strip()} must ascend within {limit}")
+    return range(begin, end + 1)
+
+
+def _runs(kept: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs of consecutive layers, each [begin, end)."""
+    runs: list[tuple[int, int]] = []
+    for layer in kept:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
+
+
+def _yaml_text(text: str) -> str:
+    """A double-quoted YAML scalar: JSON's, with what YAML does not take as printable escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", quoted
+    )
+
+
+def _set(instance: Any, **values: Any) -> None:
+    """Assign fields of a frozen dataclass, in its own `__post_init__`."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
+        raise LayerMapError(
+            f"schema_version is {brief(version)}, this trsp reads {SCHEMA_VERSION}; "
+            "install the version of trsp that wrote the layer map"
+        )
+
+
+def _check_partition(kept: tuple[int, ...], dropped: tuple[int, ...], num_layers: int) -> None:
+    for name, indices in (("kept", kept), ("dropped", dropped)):
+        for before, after in pairwise(indices):
+            if after < before:
+                raise LayerMapError(f"{name} must ascend: {after} follows {before}")
+    if not kept:
+        raise LayerMapError("every layer is dropped, at least one must be kept")
+    if both := sorted(set(kept) & set(dropped)):
+        raise LayerMapError(f"layer {both[0]} is both kept and dropped")
+    if neither := sorted(set(range(num_layers)) - set(kept) - set(dropped)):
+        raise LayerMapError(f"layer {neither[0]} is neither kept nor dropped")
+
+
+def _integer(value: Any, where: str) -> int:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise LayerMapError(f"{where} is {brief(value)}, expected an integer")
+
+
+def _indices(values: Any, name: str, num_layers: int) -> tuple[int, ...]:
+    """Source layers, each existing and named once."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise LayerMapError(f"{name} is {brief(values)}, expected a list of layers")
+    indices = tuple(_integer(value, f"{name}[{n}]") for n, value in enumerate(values))
+    seen = set()
+    for index in indices:
+        if not 0 <= index < num_layers:
+            raise LayerMapError(f"{name} names layer {index}, but layers are 0 to {num_layers - 1}")
+        if index in seen:
+            raise LayerMapError(f"{name} names layer {index} twice")
+        seen.add(index)
+    return indices
+
+
+def _records(values: Any, kind: type, name: str) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise LayerMapError(f"{name} is {brief(values)}, expected a list of records")
+    for n, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise LayerMapError(f"{name}[{n}] is {brief(value)}, expected a {kind.__name__}")
+    return tuple(values)
+
+
+def _check_keys(document: Mapping[str, Any], kind: type, where: str) -> None:
+    names = {field.name for field in fields(kind)}
+    if missing := sorted(names - set(document)):
+        raise LayerMapError(f"{where}: the field {missing[0]!r} is missing")
+    if unknown := sorted(set(document) - names):
+        raise LayerMapError(f"{where}: the field {brief(unknown[0])} is unknown")
+
+
+def _parse_record(document: Any, kind: type, where: str) -> Any:
+    if not isinstance(document, dict):
+        raise LayerMapError(f"{where} is {brief(document)}, expected an object")
+    _check_keys(document, kind, where)
+    try:
+        return kind(**document)
+    except LayerMapError as error:
+        raise LayerMapError(f"{where}: {error}") from error
+
+
+def _parse_records(documents: Any, kind: type, name: str) -> tuple[Any, ...]:
+    return tuple(
+        _parse_record(document, kind, f"{name}[{n}]")
+        for n, document in enumerate(_records(documents, dict, name))
+    )
+
+
+def _json_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise LayerMapError(f"{where} is {brief(value)}, expected an object")
+    document = _json_value(value, where)
+    assert isinstance(document, dict)
+    return document
+
+
+def _json_value(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of a JSON value that comes back equal from JSON text: tuples become lists."""
+    if depth > MAX_DEPTH:
+        raise LayerMapError(f"{where}: is nested more than {MAX_DEPTH} deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise LayerMapError(f"{where}: holds half a surrogate pair, which is not text")
+        return str(value)
+    if isinstance(value, int):
+        if abs(value) >= 2**64:
+            raise LayerMapError(f"{where}: holds an integer beyond 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise LayerMapError(f"{where}: holds {value}, which JSON cannot")
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(item, f"{where}[{n}]", depth + 1) for n, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise LayerMapError(f"{where}: has the key {brief(key)}, expected text")
+        return {
+            _json_value(key, where): _json_value(item, f"{where}.{key}", depth + 1)
+            for key, item in value.items()
+        }
+    raise LayerMapError(f"{where}: holds {type(value).__name__}, which is not JSON")

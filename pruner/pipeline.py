@@ -1,0 +1,484 @@
+"""The data flow, in order and resumable: selection, transfer, compaction, proof, evaluation.
+
+Each stage reads and writes files of the run folder (run_folder.py); this module owns only their
+order, what is skipped because it is done, and what the run finally reports.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trsp.pruner.calibration import CalibrationSet, build_calibration
+from trsp.pruner.checkpoint import (
+    Checkpoint,
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+)
+from trsp.pruner.compaction import compact, copy_companions, plan_compaction
+from trsp.pruner.cost import StageCost
+from trsp.pruner.durable import publish_folder, refuse_existing, run_lock
+from trsp.pruner.errors import Interrupted, RunError, UserError
+from trsp.pruner.evaluation import evaluate_perplexity
+from trsp.pruner.layer_map import BaseModel, LayerMap, read_layer_map, write_layer_map
+from trsp.pruner.model_card import model_card, verdict
+from trsp.pruner.progress import Progress, silent
+from trsp.pruner.proof import VllmCheck, prove, require
+from trsp.pruner.recipe import Recipe, recipe_yaml
+from trsp.pruner.run_folder import RunFolder
+from trsp.pruner.selection import select_layers
+from trsp.pruner.signals import stopping_on_signals
+from trsp.pruner.transfer import TransferState, transfer
+
+REPORT_NAME = "trsp_report.json"
+
+
+@dataclass
+class Run:
+    """One run's inputs and the folder it works in."""
+
+    model: Path
+    recipe: Recipe
+    folder: RunFolder
+    trust_remote_code: bool = False
+    progress: Progress = silent
+    check: Callable[[], None] = lambda: None
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.checkpoint = open_checkpoint(self.model, trust_remote_code=self.trust_remote_code)
+        self.device = resolve_device(self.recipe.device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage; say what helps when it runs out of memory."""
+        with StageCost(self.device) as cost:
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"out of memory in {name}: go on with --resume --set "
+                    "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true "
+                    "(in selection: start anew with a smaller selection.batch_size)"
+                ) from error
+        self.costs[name] = cost.to_document()
+
+    def load(self, dtype: str = "auto") -> PreTrainedModel:
+        return load_model(
+            self.checkpoint,
+            dtype=torch.float32 if dtype == "fp32" else "auto",
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
+        check_tokenizer(self.checkpoint, tokenizer)
+        return tokenizer
+
+    def calibration(self) -> CalibrationSet | None:
+        """The calibration sequences, or None where the recipe names no text."""
+        recipe = self.recipe.calibration
+        if not recipe.data:
+            return None
+        length = recipe.sequence_length or min(2048, context_length(self.checkpoint))
+        return build_calibration(
+            recipe.data,
+            self.tokenizer(),
+            num_sequences=recipe.num_sequences,
+            sequence_length=length,
+            seed=self.recipe.seed,
+            text_field=recipe.text_field,
+            progress=self.progress,
+        )
+
+    def base_model(self) -> BaseModel:
+        return base_model_of(self.checkpoint)
+
+    def select(self, calibration: CalibrationSet) -> LayerMap:
+        """Stage 1, from where it stopped; its layer map is in the run folder afterwards."""
+        if self.folder.layer_map.is_file():
+            self.costs["selection"] = (self.folder.read_record("selection_record") or {})["cost"]
+            return read_layer_map(self.folder.layer_map)
+        recipe, num_layers = self.recipe, self.checkpoint.num_hidden_layers
+
+        def after_round(state: Any) -> None:
+            self.folder.write_record("selection", state.to_document())
+            self.check()
+
+        with self.stage("selection"):
+            model = self.load()
+            state = select_layers(
+                model,
+                calibration.input_ids,
+                recipe.selection,
+                num_to_remove=recipe.num_to_remove(num_layers),
+                protected=recipe.protected_layers(num_layers),
+                seed=recipe.seed,
+                state=self.folder.selection_state(),
+                on_round=after_round,
+                progress=self.progress,
+            )
+            del model
+            _free_memory()
+        layer_map = LayerMap.from_removal_order(
+            self.base_model(),
+            state.picks,
+            gates=state.gates,
+            method=self._method(recipe.selection.method),
+            calibration=calibration.as_record(),
+            steps=state.rounds,
+        )
+        self.folder.write_record("selection_record", {"cost": self.costs["selection"]})
+        write_layer_map(layer_map, self.folder.layer_map)
+        return layer_map
+
+    def _method(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "seed": self.recipe.seed,
+            "trsp_version": version("trsp"),
+        }
+
+    def transfer(self, layer_map: LayerMap, calibration: CalibrationSet) -> dict[str, Any]:
+        """Stage 2, from where it stopped; the moved weights are in the run folder afterwards."""
+        if self.folder.is_transferred():
+            record = self.folder.read_record("transfer_record")
+            assert record is not None, "the record is written before the weights are published"
+            self.costs["transfer"] = record["cost"]
+            return record
+        recipe = self.recipe.transfer
+        saver = _StateSaver(self.folder, self.recipe.state_every_seconds, self.check)
+        with self.stage("transfer"):
+            model = self.load("auto" if recipe.lora else "fp32")
+            torch.manual_seed(self.recipe.seed)
+            result = transfer(
+                model,
+                calibration.input_ids,
+                recipe,
+                dropped=layer_map.dropped,
+                seed=self.recipe.seed,
+                state=self.folder.transfer_state(),
+                on_step=saver,
+                progress=self.progress,
+            )
+        record = {**result.to_document(), "cost": self.costs["transfer"]}
+        self.folder.write_record("transfer_record", record)
+        with publish_folder(self.folder.transferred) as folder:
+            model.to(checkpoint_dtype(self.checkpoint)).save_pretrained(folder)
+            copy_companions(self.checkpoint, folder)
+        self.folder.drop_transfer_state()
+        return record
+
+
+class _StateSaver:
+    """Save the transfer state now and then, and before stopping on a signal."""
+
+    def __init__(self, folder: RunFolder, every_seconds: float, check: Callable[[], None]) -> None:
+        self._folder, self._every, self._check = folder, every_seconds, check
+        self._saved_at = time.monotonic()
+
+    def __call__(self, step: int, snapshot: Callable[[], TransferState]) -> None:
+        try:
+            self._check()
+        except Interrupted:
+            self._folder.save_transfer_state(snapshot())
+            raise
+        if time.monotonic() - self._saved_at >= self._every:
+            self._folder.save_transfer_state(snapshot())
+            self._saved_at = time.monotonic()
+
+
+def prune(
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    layer_map: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    vllm: VllmCheck = "auto",
+    command: str = "",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Checkpoint and text in, proven shallower checkpoint out; the report of the run.
+
+    With layers named (`recipe.keep` or `layer_map`) and no calibration text nothing is trained.
+
+    Raises:
+        UserError: what was asked cannot be done.   RunError: the run or its proof failed; `out`
+        is as it was before.   Interrupted: a signal; `resume` goes on.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    with run_lock(out), stopping_on_signals() as check:
+        run = Run(
+            model, recipe, RunFolder.of(out), trust_remote_code, _checked(progress, check), check
+        )
+        given = _given_map(run, layer_map)
+        calibration = run.calibration()
+        if given is None and calibration is None:
+            raise UserError(
+                "nothing says which layers go: give text to learn from (--data), or name the "
+                "layers (--keep, --map)"
+            )
+        if given is None:
+            recipe.num_to_remove(run.checkpoint.num_hidden_layers)
+        run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
+        if given is None:
+            assert calibration is not None
+            given = run.select(calibration)
+        else:
+            write_layer_map(given, run.folder.layer_map)
+        record = None
+        if calibration is not None and recipe.transfer.enabled:
+            record = run.transfer(given, calibration)
+        return _publish(run, given, record, out, overwrite, vllm, command)
+
+
+def plan(
+    model: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> LayerMap:
+    """Stage 1 only: learn which layers go and write their layer map to the file `out`."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; choose another file or pass --overwrite")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent} is not a folder; make it first")
+    with run_lock(out), stopping_on_signals() as check:
+        run = Run(
+            model, recipe, RunFolder.of(out), trust_remote_code, _checked(progress, check), check
+        )
+        calibration = run.calibration()
+        if calibration is None:
+            raise UserError("stage 1 learns from text: give it with --data")
+        recipe.num_to_remove(run.checkpoint.num_hidden_layers)
+        run.folder.begin(_identity(run, None, calibration), resume=resume, overwrite=overwrite)
+        layer_map = run.select(calibration)
+        write_layer_map(layer_map, out)
+        run.folder.remove()
+        return layer_map
+
+
+def describe(
+    model: Path, recipe: Recipe, *, layer_map: Path | None, trust_remote_code: bool
+) -> list[str]:
+    """What `prune` would do, one line each; reads headers and calibration text, writes nothing."""
+    run = Run(model, recipe, RunFolder(Path()), trust_remote_code)
+    checkpoint, num_layers = run.checkpoint, run.checkpoint.num_hidden_layers
+    lines = [f"model      {model}: {num_layers} layers"]
+    given = _given_map(run, layer_map)
+    calibration = run.calibration()
+    if calibration is not None:
+        num_sequences, length = calibration.input_ids.shape
+        lines.append(f"text       {num_sequences} sequences of {length} tokens")
+    if given is not None:
+        lines += plan_compaction(checkpoint, given).describe().splitlines()
+    elif calibration is None:
+        raise UserError("nothing says which layers go: give --data, --keep or --map")
+    else:
+        count = recipe.num_to_remove(num_layers)
+        protected = sorted(recipe.protected_layers(num_layers))
+        lines.append(
+            f"selection  {count} of {num_layers} layers go, by {recipe.selection.method}; "
+            f"protected: {protected}"
+        )
+    if calibration is not None and recipe.transfer.enabled:
+        kind = f"LoRA rank {recipe.transfer.lora.rank}" if recipe.transfer.lora else "all weights"
+        lines.append(
+            f"transfer   {recipe.transfer.steps} steps of {recipe.transfer.batch_size} sequences, "
+            f"{kind}"
+        )
+    return lines
+
+
+def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
+    """The layer map the user names, by file or by the layers to keep."""
+    if layer_map is not None and run.recipe.keep is not None:
+        raise UserError("--map and --keep both name the layers; choose one")
+    if layer_map is not None:
+        return read_layer_map(layer_map)
+    if run.recipe.keep is None:
+        return None
+    run.recipe.num_to_remove(run.checkpoint.num_hidden_layers)
+    return LayerMap.from_keep(run.base_model(), run.recipe.keep, method=run._method("given"))
+
+
+def _identity(
+    run: Run, given: LayerMap | None, calibration: CalibrationSet | None
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed; not how its steps are laid out in memory."""
+    layout = {"device": True, "state_every_seconds": True}
+    stage_2_layout = {"micro_batch_size": True, "checkpoint_activations": True}
+    return {
+        "schema_version": 1,
+        "recipe": run.recipe.model_dump(
+            mode="json", exclude={**layout, "transfer": stage_2_layout}
+        ),
+        "checkpoint": run.checkpoint.fingerprint,
+        "calibration": None if calibration is None else calibration.sha256,
+        "layer map": None if given is None else list(given.removal_order),
+    }
+
+
+def _publish(
+    run: Run,
+    layer_map: LayerMap,
+    transfer_record: dict[str, Any] | None,
+    out: Path,
+    overwrite: bool,
+    vllm: VllmCheck,
+    command: str,
+) -> dict[str, Any]:
+    """Compaction, proof, evaluation: the folder appears under its name only when proven."""
+    source = run.model if transfer_record is None else run.folder.transferred
+    checkpoint = open_checkpoint(source, trust_remote_code=run.trust_remote_code)
+    layer_map = layer_map.with_base_model(base_model_of(checkpoint, run.base_model().name))
+    write_layer_map(layer_map, run.folder.layer_map)
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "trsp_version": version("trsp"),
+        "command": command,
+        "model": str(run.model),
+        "out": str(out),
+        "num_hidden_layers": {
+            "before": layer_map.base_model.num_hidden_layers,
+            "after": len(layer_map.kept),
+        },
+        "kept": list(layer_map.kept),
+        "dropped": list(layer_map.dropped),
+        "removal_order": list(layer_map.removal_order),
+        "calibration": layer_map.calibration,
+        "transfer": transfer_record,
+        "evaluation": None,
+        "costs": run.costs,
+    }
+    if run.recipe.evaluation.data:
+        report["evaluation"] = {"dense": _evaluate(run, run.model, "dense")}
+
+    def prove_and_describe(folder: Path) -> None:
+        with run.stage("proof"):
+            proof = prove(
+                folder,
+                against=source,
+                trust_remote_code=run.trust_remote_code,
+                device=run.device,
+                vllm=vllm,
+                progress=run.progress,
+            )
+        require(proof)
+        report["proof"] = proof.to_document()
+        if report["evaluation"] is not None:
+            report["evaluation"]["pruned"] = _evaluate(run, folder, "pruned")
+            report["verdict"] = verdict(report["evaluation"])
+        (folder / "README.md").write_text(model_card(report), "utf-8")
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+    with StageCost() as cost:
+        compact(
+            checkpoint,
+            layer_map,
+            out,
+            overwrite=overwrite,
+            extra_files={"recipe.yaml": recipe_yaml(run.recipe)},
+            prove=prove_and_describe,
+            progress=run.progress,
+        )
+    run.costs["publishing"] = cost.to_document()
+    return report
+
+
+def _evaluate(run: Run, folder: Path, label: str) -> dict[str, Any]:
+    recipe = run.recipe.evaluation
+    checkpoint = open_checkpoint(folder, trust_remote_code=run.trust_remote_code)
+    model = load_model(checkpoint, device=run.device, trust_remote_code=run.trust_remote_code)
+    result = evaluate_perplexity(
+        model,
+        run.tokenizer(),
+        recipe.data,
+        window=recipe.window,
+        stride=recipe.stride,
+        max_tokens=recipe.max_tokens,
+        text_field=run.recipe.calibration.text_field,
+        progress=lambda task, done, total: run.progress(f"evaluating, {label}", done, total),
+    )
+    del model
+    _free_memory()
+    return result.to_document()
+
+
+def _checked(progress: Progress, check: Callable[[], None]) -> Progress:
+    """Progress that also stops at a signal; stage 2 has saved its state by then."""
+
+    def report(task: str, completed: int, total: int) -> None:
+        check()
+        progress(task, completed, total)
+
+    return report
+
+
+def base_model_of(checkpoint: Checkpoint, name: str | None = None) -> BaseModel:
+    """What a layer map says of the checkpoint it is for."""
+    return BaseModel(
+        name=name or checkpoint.path.resolve().name,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        fingerprint=checkpoint.fingerprint,
+    )
+
+
+def context_length(checkpoint: Checkpoint) -> int:
+    """The most tokens the model takes; UserError when its config does not say."""
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise UserError(
+        f"{checkpoint.path}: config.json states no context length; set calibration.sequence_length"
+    )
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most elements of the checkpoint have."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.begin
+    name = max(sizes, key=lambda dtype: sizes[dtype])
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if name not in known:
+        raise UserError(
+            f"{checkpoint.path} holds {name} weights; training needs {', '.join(known)}"
+        )
+    return known[name]
+
+
+def resolve_device(name: str) -> str:
+    """`auto` as cuda where there is one; UserError when a named device is not there."""
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    if name.startswith("cuda") and not available:
+        raise UserError(f"device {name}: torch sees no CUDA device here; use --device cpu")
+    return name
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

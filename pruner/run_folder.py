@@ -1,0 +1,131 @@
+"""What an unfinished run leaves beside its output, `OUT.run/`, so that `--resume` can go on.
+
+    run.json           what run this is: recipe, checkpoint fingerprint, calibration hash
+    selection.json     finished rounds of stage 1
+    layer_map.json     the result of stage 1, with selection_record.json
+    transfer_state/    weights, optimizer and position within stage 2
+    transferred/       the result of stage 2: all layers, weights moved; transfer_record.json
+
+Every file is replaced whole. `transferred/` is what `layer_map.json` applies to, so one run serves
+every prefix of the removal order.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trsp.pruner.bounded_json import read_json_object
+from trsp.pruner.durable import atomic_write, publish_folder, verify_manifest
+from trsp.pruner.errors import UserError
+from trsp.pruner.selection import SelectionState
+from trsp.pruner.transfer import TransferState
+
+# Gate histories grow with layers x rounds x steps: 100 layers, 50 rounds, 100 steps are 1 MB.
+MAX_RECORD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run; `path` is `OUT.run`."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, out: Path) -> "RunFolder":
+        return cls(out.with_name(f"{out.name}.run"))
+
+    @property
+    def layer_map(self) -> Path:
+        return self.path / "layer_map.json"
+
+    @property
+    def transferred(self) -> Path:
+        return self.path / "transferred"
+
+    @property
+    def _transfer_state(self) -> Path:
+        return self.path / "transfer_state"
+
+    def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Make the folder, or check that what is there is this run.
+
+        Raises:
+            UserError: a run is there and neither `resume` nor `overwrite` is given; or it is
+                another run than the one to be resumed, with the setting that differs.
+        """
+        if resume:
+            if not (self.path / "run.json").is_file():
+                raise UserError(f"{self.path} holds no unfinished run; start without --resume")
+            before = self._read("run.json")
+            for key, value in identity.items():
+                if before.get(key) != json.loads(json.dumps(value)):
+                    raise UserError(
+                        f"{self.path} is a run with another {key}; resume it with the same "
+                        "settings, or start anew with --overwrite"
+                    )
+            return
+        if self.path.exists():
+            if not overwrite:
+                raise UserError(
+                    f"{self.path} holds an earlier run; continue it with --resume, or start anew "
+                    "with --overwrite"
+                )
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        self.write_record("run", identity)
+
+    def write_record(self, name: str, document: dict[str, Any]) -> None:
+        """Replace NAME.json by `document`."""
+        atomic_write(self.path / f"{name}.json", json.dumps(document, indent=1) + "\n")
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """NAME.json, or None when this run has not come to it."""
+        return self._read(f"{name}.json") if (self.path / f"{name}.json").is_file() else None
+
+    def selection_state(self) -> SelectionState | None:
+        """Where stage 1 stopped."""
+        document = self.read_record("selection")
+        return None if document is None else SelectionState.from_document(document)
+
+    def save_transfer_state(self, state: TransferState) -> None:
+        """Publish weights, optimizer and position as one folder with a manifest."""
+        document = {
+            "tensors": state.tensors,
+            "optimizer": state.optimizer,
+            "steps": state.steps,
+        }
+        with publish_folder(self._transfer_state, overwrite=True) as folder:
+            torch.save(document, folder / "state.pt")
+
+    def transfer_state(self) -> TransferState | None:
+        """Where stage 2 stopped; its manifest is checked first."""
+        if not self._transfer_state.is_dir():
+            return None
+        verify_manifest(self._transfer_state)
+        document = torch.load(
+            self._transfer_state / "state.pt", weights_only=True, map_location="cpu"
+        )
+        return TransferState(document["tensors"], document["optimizer"], document["steps"])
+
+    def drop_transfer_state(self) -> None:
+        """Free the space of the optimizer's state once stage 2 is finished."""
+        if self._transfer_state.is_dir():
+            shutil.rmtree(self._transfer_state)
+
+    def is_transferred(self) -> bool:
+        """Whether stage 2 is finished and its result undamaged."""
+        if not self.transferred.is_dir():
+            return False
+        verify_manifest(self.transferred)
+        return True
+
+    def remove(self) -> None:
+        """Delete the run: nothing is left to resume."""
+        shutil.rmtree(self.path)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return read_json_object(self.path / name, max_bytes=MAX_RECORD_BYTES)

@@ -1,0 +1,306 @@
+"""Stage 2: move the chosen layers' knowledge into the kept ones, before anything is deleted.
+
+    loss = label_weight * L_LM + distill_weight * KL(dense || model) + lambda2 * sum_i n_i
+
+n_i is the mean over tokens of ||y - x|| / ||x|| of chosen layer i (or of ||y - x||: absolute
+units), so lambda2 does not depend on batch, length or, in relative units, on the scale of the
+residual stream. The paper's form (arXiv 2505.18232, stage 2) is label_weight 1, distill_weight 0.
+One Frobenius norm over B x T tokens, as in its authors' release, is lambda2 * sqrt(B * T) here.
+
+With `anneal: linear` the chosen layers' gates fall from 1 to exactly 0 over the first
+`anneal_fraction` of the steps: whatever of them is left then, deletion changes nothing. From
+there on they are skipped, and a step costs what a step of the shallower model costs.
+
+L layers, N sequences, T tokens.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trsp.pruner.distillation import Teacher, record_teacher
+from trsp.pruner.families import text_config
+from trsp.pruner.gated_model import GatedModel
+from trsp.pruner.losses import distillation_loss, language_model_loss, require_finite
+from trsp.pruner.progress import Progress, silent
+from trsp.pruner.recipe import LoraRecipe, TransferRecipe
+from trsp.pruner.sampling import batch_indices
+
+# At most this many calibration sequences measure the jump at deletion.
+NUM_MEASURED_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """What stage 2 did.
+
+    Attributes:
+        steps: one record an optimizer step: losses, penalty, gate, learning rate, gradient norm.
+        residual_difference: mean ||y - x|| / ||x|| of each chosen layer at the end, at the gate
+            it ended with: what deletion takes away. 0 where the gate is 0.
+        branch_difference: the same at gate 1: what is left inside the layer.
+        loss_before_deletion, loss_after_deletion: language-model loss on calibration text, nats.
+    """
+
+    steps: tuple[dict[str, float], ...]
+    residual_difference: dict[int, float]
+    branch_difference: dict[int, float]
+    loss_before_deletion: float
+    loss_after_deletion: float
+
+    def to_document(self) -> dict[str, Any]:
+        document = asdict(self)
+        document["jump_at_deletion"] = self.loss_after_deletion - self.loss_before_deletion
+        return document
+
+
+@dataclass
+class TransferState:
+    """A resumable position: `tensors` by parameter name, the optimizer's state, finished steps."""
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    steps: list[dict[str, float]]
+
+
+def transfer(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    recipe: TransferRecipe,
+    *,
+    dropped: tuple[int, ...],
+    seed: int,
+    state: TransferState | None = None,
+    on_step: Callable[[int, Callable[[], TransferState]], None] = lambda step, snapshot: None,
+    progress: Progress = silent,
+) -> TransferResult:
+    """Train `model` in place until the layers `dropped` can be deleted.
+
+    Args:
+        model: the dense model; its parameters' dtype is what the optimizer works in, so load it
+            in fp32 for full-parameter transfer.
+        input_ids: calibration tokens [N, T].
+        dropped: the layers that will be deleted.
+        state: where an interrupted transfer stopped; `model` must be the dense model again.
+        on_step: called after every step with the number of finished steps and a function that
+            captures the state; it may raise to stop the run.
+    Raises:
+        RunError: a loss or gradient that is not finite, with its step and batch.
+    """
+    teacher = None
+    if recipe.distill_weight > 0:
+        micro = recipe.micro_batch_size or recipe.batch_size
+        with autocast(model, recipe):
+            teacher = record_teacher(model, input_ids, batch_size=micro, progress=progress)
+    with (
+        _trainable(model, recipe.lora) as parameters,
+        GatedModel(
+            model, norm=recipe.norm, checkpoint_activations=recipe.checkpoint_activations
+        ) as gated,
+    ):
+        loop = TransferLoop(gated, parameters, input_ids, recipe, dropped, teacher, seed)
+        records = loop.restore(state) if state is not None else []
+        for step in range(len(records), recipe.steps):
+            records.append(loop.step(step))
+            on_step(step + 1, lambda: loop.snapshot(records))
+            progress("transfer", step + 1, recipe.steps)
+        return _measure_end(gated, input_ids, recipe, dropped, records)
+
+
+def anneal_gate(recipe: TransferRecipe, step: int) -> float:
+    """The chosen layers' gate at `step`: 1 without annealing, else falling linearly to exactly 0."""
+    if recipe.anneal == "none":
+        return 1.0
+    last = max(1, math.ceil(recipe.anneal_fraction * recipe.steps) - 1)
+    return max(0.0, 1.0 - step / last)
+
+
+def learning_rate(recipe: TransferRecipe, hidden_size: int, step: int) -> float:
+    """Warm-up, then a cosine to a tenth.
+
+    The default peak is 0.04 / hidden size: 3e-4 at 128, 1e-5 at 4096 (Adam's rate scales with the
+    inverse of the width: muP, arXiv 2203.03466); ten times that for LoRA.
+    """
+    peak = recipe.learning_rate
+    if peak is None:
+        peak = 0.04 / hidden_size * (10 if recipe.lora is not None else 1)
+    warmup = recipe.warmup_fraction * recipe.steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, recipe.steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def autocast(
+    model: PreTrainedModel, recipe: TransferRecipe
+) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast where the recipe says so; `auto` means on CUDA."""
+    device = model.device.type
+    wanted = recipe.precision == "bf16" or (recipe.precision == "auto" and device == "cuda")
+    return torch.autocast(device, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+class TransferLoop:
+    """One optimizer step of stage 2, and what must be saved between two of them."""
+
+    def __init__(
+        self,
+        gated: GatedModel,
+        parameters: dict[str, nn.Parameter],
+        input_ids: Tensor,
+        recipe: TransferRecipe,
+        dropped: tuple[int, ...],
+        teacher: Teacher | None,
+        seed: int,
+    ) -> None:
+        self.gated, self.parameters, self.input_ids = gated, parameters, input_ids
+        self.recipe, self.dropped, self.teacher, self.seed = recipe, dropped, teacher, seed
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=1.0,
+            betas=(0.9, 0.95),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Run one optimizer step; its losses (means over micro-batches) in nats."""
+        recipe, model = self.recipe, self.gated.model
+        gate = anneal_gate(recipe, step)
+        self._set_gates(gate)
+        sequences = batch_indices(
+            step, num_sequences=len(self.input_ids), batch_size=recipe.batch_size, seed=self.seed
+        )
+        micro = recipe.micro_batch_size or recipe.batch_size
+        num_micro = recipe.batch_size // micro
+        ramp = recipe.ramp_fraction * recipe.steps
+        lambda2 = recipe.lambda2 * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+        record = dict.fromkeys(("loss", "label_loss", "distill_loss", "penalty"), 0.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, recipe.batch_size, micro):
+            part = sequences[start : start + micro]
+            terms = self._forward(part, lambda2)
+            (terms["loss"] / num_micro).backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.items():
+                record[name] += float(value.detach()) / num_micro
+            require_finite(record["loss"], "the stage 2 loss", step, part)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm)
+        require_finite(float(norm), "the gradient norm", step, sequences)
+        rate = learning_rate(recipe, text_config(model).hidden_size, step)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        return {**record, "gate": gate, "learning_rate": rate, "grad_norm": float(norm)}
+
+    def _set_gates(self, gate: float) -> None:
+        gated, chosen = self.gated, frozenset(self.dropped)
+        gated.skipped = chosen if gate == 0.0 else frozenset()
+        gated.gated = frozenset() if gate in (0.0, 1.0) else chosen
+        gated.gates = torch.full(
+            (gated.num_layers,), gate, dtype=torch.float32, device=gated.model.device
+        )
+        penalised = self.recipe.lambda2 > 0 and gate != 0.0
+        gated.measured = chosen if penalised else frozenset()
+
+    def _forward(self, sequences: list[int], lambda2: float) -> dict[str, Tensor]:
+        recipe, gated = self.recipe, self.gated
+        batch = self.input_ids[sequences].to(gated.model.device)
+        with autocast(gated.model, recipe):
+            logits = gated.logits(batch)
+        loss = torch.zeros((), device=logits.device)
+        terms = {}
+        if recipe.label_weight > 0:
+            terms["label_loss"] = language_model_loss(logits, batch)
+            loss = loss + recipe.label_weight * terms["label_loss"]
+        if self.teacher is not None:
+            with autocast(gated.model, recipe):
+                target = self.teacher.logits(sequences)
+            terms["distill_loss"] = distillation_loss(logits, target, recipe.temperature)
+            loss = loss + recipe.distill_weight * terms["distill_loss"]
+        if gated.measured:
+            penalty = (
+                lambda2
+                * torch.stack(
+                    [
+                        d.relative() if recipe.norm_units == "relative" else d.absolute()
+                        for d in gated.differences.values()
+                    ]
+                ).sum()
+            )
+            assert penalty.requires_grad, "the stage 2 penalty lost its gradient"
+            terms["penalty"] = penalty
+            loss = loss + penalty
+        return {**terms, "loss": loss}
+
+    def snapshot(self, records: list[dict[str, float]]) -> TransferState:
+        tensors = {name: value.detach() for name, value in self.parameters.items()}
+        return TransferState(tensors, self.optimizer.state_dict(), records)
+
+    def restore(self, state: TransferState) -> list[dict[str, float]]:
+        """Load a snapshot into parameters and optimizer; the records of its finished steps."""
+        if set(state.tensors) != set(self.parameters):
+            raise ValueError("the saved transfer state is of other parameters than this run's")
+        with torch.no_grad():
+            for name, value in state.tensors.items():
+                self.parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state.optimizer)
+        return list(state.steps)
+
+
+@contextlib.contextmanager
+def _trainable(model: PreTrainedModel, lora: LoraRecipe | None) -> Any:
+    """The parameters to train, by name: all of them, or LoRA's, merged into the model at the end."""
+    if lora is None:
+        model.requires_grad_(True)
+        yield dict(model.named_parameters())
+        return
+    from peft import LoraConfig, get_peft_model
+
+    # Seeded by the caller through torch.manual_seed: LoRA's A matrices are random.
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear")
+    wrapped = get_peft_model(model, config)
+    yield {name: value for name, value in model.named_parameters() if value.requires_grad}
+    wrapped.merge_and_unload()
+    model.requires_grad_(True)
+
+
+@torch.no_grad()
+def _measure_end(
+    gated: GatedModel,
+    input_ids: Tensor,
+    recipe: TransferRecipe,
+    dropped: tuple[int, ...],
+    records: list[dict[str, float]],
+) -> TransferResult:
+    """The residual difference and the jump in loss at deletion, on calibration text."""
+    sample = input_ids[:NUM_MEASURED_SEQUENCES]
+    micro = recipe.micro_batch_size or recipe.batch_size
+    final_gate = anneal_gate(recipe, recipe.steps - 1)
+    gated.skipped, gated.gated, gated.measured = frozenset(), frozenset(), frozenset(dropped)
+    branch = dict.fromkeys(sorted(dropped), 0.0)
+    before = 0.0
+    with autocast(gated.model, recipe):
+        for start in range(0, len(sample), micro):
+            batch = sample[start : start + micro].to(gated.model.device)
+            loss = language_model_loss(gated.logits(batch), batch)
+            before += float(loss) * len(batch) / len(sample)
+            for layer, difference in gated.differences.items():
+                norm = (
+                    difference.relative()
+                    if gated.norm != "l2_squared"
+                    else ((difference.difference / difference.reference).sqrt().mean())
+                )
+                branch[layer] += float(norm) * len(batch) / len(sample)
+        after = gated.masked_loss(sample, dropped, micro)
+    return TransferResult(
+        steps=tuple(records),
+        residual_difference={layer: final_gate * value for layer, value in branch.items()},
+        branch_difference=branch,
+        loss_before_deletion=after if final_gate == 0.0 else before,
+        loss_after_deletion=after,
+    )

@@ -1,0 +1,1 @@
+"""The vLLM side: what is served equals what was pruned."""
