@@ -69,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"the text gives only {tokenizer.get_vocab_size()} tokens, vocab_size {vocab_size} was"
             " asked for; give more text or a smaller vocab_size"
         )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
 
@@ -146,9 +146,10 @@ def train_base_model(
 
     Muon on the layers' matrices, AdamW on the rest: after 256k tokens of English a 12-layer model
     of width 192 stood at a loss of 5.57, with AdamW alone at 6.53 (same seed, rate and batches).
-    The learning rate warms up over 5 % of the run and falls along a cosine to 5 %. Windows are drawn without replacement until the text is used
-    up, then drawn again at another offset. With `num_steps`, the same arguments, thread count and
-    machine give the same weights, bit for bit; with `minutes` the schedule follows the clock.
+    The learning rate warms up over 5 % of the run and falls along a cosine to 5 %. Windows are
+    drawn without replacement until the text is used up, then again at another offset. With
+    `num_steps`, the same arguments, thread count and machine give the same weights, bit for bit;
+    with `minutes` the schedule follows the clock.
 
     Args:
         token_ids: [N] int64, at least sequence_length + 1 of them, below config.vocab_size.
@@ -167,7 +168,7 @@ def train_base_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        model = LlamaForCausalLM(config)
     model.train()
     if compile_layers:
         model.model.compile()
@@ -181,7 +182,7 @@ def train_base_model(
             for group in optimizer.param_groups:
                 group["lr"] = step_rate
         loss = _loss(model, next(windows), precision)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -204,7 +205,7 @@ def train_base_model(
         elif minutes is not None:
             part = taken.elapsed_s / (60 * minutes)
             progress("train", min(int(taken.elapsed_s), int(60 * minutes)), int(60 * minutes))
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 

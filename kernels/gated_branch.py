@@ -163,7 +163,7 @@ def gated_branch(
         norm: "l1", "l2", "l2_squared", or None to skip it (stage 1 needs z alone).
         ref_norm: also return x_norm.
     Returns:
-        z: [..., D], x's dtype and contiguous. diff_norm: [...], fp32, activation units (squared
+        z: [..., D], x's dtype. diff_norm: [...], fp32, activation units (squared
         for l2_squared), or None. x_norm: as diff_norm, or None.
     Raises:
         ValueError: shapes or devices differ, a choice is unknown, or TRSP_KERNELS forces the

@@ -116,6 +116,8 @@ def _gated_difference(
     return triple
 
 
+# torch.compile cannot trace a warning: it calls this once, while it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_cancellation(op: str, dtype: torch.dtype) -> None:
     global _cancellation_warned
     if not _cancellation_warned:
@@ -159,7 +161,7 @@ def gated_difference(
         norm: "l1", "l2", "l2_squared", or None to skip it (stage 1 needs z alone).
         ref_norm: also return x_norm.
     Returns:
-        z: [..., D], x's dtype and contiguous. diff_norm: [...], fp32, activation units (squared
+        z: [..., D], x's dtype. diff_norm: [...], fp32, activation units (squared
         for l2_squared), or None. x_norm: as diff_norm, or None.
     Raises:
         ValueError: shapes or devices differ, a choice is unknown, or TRSP_KERNELS forces the

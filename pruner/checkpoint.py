@@ -108,30 +108,32 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def contained_file(folder: Path, name: str) -> Path:
-    """Resolve the file `name` of a checkpoint folder, which links must not lead out of.
+    """The path of the file `name` of a checkpoint folder, which no link may lead out of.
 
-    A link into the `blobs` folder of the hub cache that `folder` is a snapshot of is followed.
+    `name` may be in a subfolder, with forward slashes. A link into the `blobs` folder of the hub
+    cache that `folder` is a snapshot of is followed.
     Raises:
-        UserError: `name` is no base name, the file is missing, or a link leads elsewhere.
+        UserError: `name` leads out of the folder, by itself or by a link, or is no regular file.
     """
-    if not name or name in (".", "..") or set(name) & set("/\\\0"):
+    path, parts = folder / name, name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or set(name) & set("\\\0"):
         raise UserError(f"{folder}: {name!r} is not the name of a file in this folder")
     root = folder.resolve()
     try:
-        real = (root / name).resolve(strict=True)
+        real = path.resolve(strict=True)
     except FileNotFoundError as error:
-        raise UserError(f"{folder / name}: is missing; fetch the checkpoint again") from error
+        raise UserError(f"{path}: is missing; fetch the checkpoint again") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: {name!r} cannot be read: {error}") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
         raise UserError(
-            f"{folder / name}: is a link out of the checkpoint's folder, to {real}; "
+            f"{path}: is a link out of the checkpoint's folder, to {real}; "
             "copy the file into the folder"
         )
     if not real.is_file():
-        raise UserError(f"{folder / name}: is not a regular file")
-    return real
+        raise UserError(f"{path}: is not a regular file")
+    return path
 
 
 def load_model(
@@ -171,10 +173,13 @@ def load_model(
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
+        # So that a parameter of another shape is reported below, by name.
+        ignore_mismatched_sizes=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if problems := report.get(kind):
-            first = sorted(str(problem) for problem in problems)[0]
+            # A mismatch comes as (name, shape in the file, shape in the model).
+            first = min(p if isinstance(p, str) else " ".join(map(str, p)) for p in problems)
             raise UserError(
                 f"{checkpoint.path}: config.json and weights disagree: {len(problems)} "
                 f"{kind.replace('_', ' ')}, the first is {first}; fetch the checkpoint again"
@@ -317,7 +322,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map; fetch the checkpoint again")
     for name in weight_map.values():
-        if not isinstance(name, str) or set(name) & set("/\\\0") or name in ("", ".", ".."):
+        if not isinstance(name, str) or "/" in name:
             raise UserError(f"{file}: {name!r} is not the name of a file in this folder")
         if not name.endswith(".safetensors"):
             raise UserError(f"{file}: {name!r} is not a safetensors file, the only kind loaded")

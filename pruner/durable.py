@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -263,15 +263,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
     return records
 
 
-def verify_manifest(folder: str | os.PathLike[str], *, progress: Progress = silent) -> None:
+def verify_manifest(
+    folder: str | os.PathLike[str],
+    *,
+    names: Collection[str] | None = None,
+    progress: Progress = silent,
+) -> None:
     """Check every byte of `folder` against its manifest; nothing may be missing, changed or added.
 
     Hidden entries at the top (.git, the hub's .cache) are nobody's weights and are left alone.
+    Args:
+        names: check these files only, those of them that the manifest lists.
     Raises:
-        UserError: names the first file that is missing, truncated, changed, a link or unlisted.
+        UserError: names the first file that is missing, truncated, changed or unlisted.
     """
     folder = _absolute(folder)
-    records = read_manifest(folder)
+    listed = read_manifest(folder)
+    records = {name: record for name, record in listed.items() if names is None or name in names}
     # Sizes first: a truncated shard is found without reading the others.
     for name, record in records.items():
         file = folder / name
@@ -282,10 +290,10 @@ def verify_manifest(folder: str | os.PathLike[str], *, progress: Progress = sile
                 f"{file}: has {size} bytes where {MANIFEST_NAME} says {record.size}; the file was "
                 "truncated or changed after it was written, restore it"
             )
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*")) if names is None else ():
         name = path.relative_to(folder).as_posix()
-        listed = name in records or name == MANIFEST_NAME or path.is_dir()
-        if not listed and not name.startswith("."):
+        known = name in listed or name == MANIFEST_NAME or path.is_dir()
+        if not known and not name.startswith("."):
             raise UserError(f"{path}: is not listed in {MANIFEST_NAME}; remove the file")
     total = sum(record.size for record in records.values())
     completed = 0
@@ -337,12 +345,9 @@ def _acquire(path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The holder before us removes the file as it leaves; a removed one locks nothing.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), path.stat()):
-                        os.ftruncate(descriptor, 0)
-                        os.write(descriptor, str(os.getpid()).encode())
-                        return descriptor
+                if _is_still_at(descriptor, path):
+                    _write_pid(descriptor, path)
+                    return descriptor
             except BlockingIOError as error:
                 pid = os.pread(descriptor, 20, 0).decode(errors="replace") or "unknown"
                 os.close(descriptor)
@@ -360,6 +365,24 @@ def _acquire(path: Path) -> int:
         raise UserError(
             f"{path}: cannot be made or locked: {error.strerror}; choose another output folder"
         ) from error
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`: the holder before removes it as it leaves."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_pid(descriptor: int, path: Path) -> None:
+    """Leave our pid in the lock file for those who are refused."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    except BaseException:
+        path.unlink()
+        raise
 
 
 @contextmanager

@@ -578,7 +578,11 @@ def _json_value(value: Any, where: str, depth: int = 0) -> Any:
             if not isinstance(key, str):
                 raise LayerMapError(f"{where}: has the key {brief(key)}, expected text")
         return {
-            _json_value(key, where): _json_value(item, f"{where}.{key}", depth + 1)
+            _json_value(key, where): _json_value(item, f"{where}.{_one_line(key)}", depth + 1)
             for key, item in value.items()
         }
     raise LayerMapError(f"{where}: holds {type(value).__name__}, which is not JSON")
+
+
+def _one_line(key: str) -> str:
+    return key if key.isprintable() else brief(key)

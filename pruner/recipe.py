@@ -4,6 +4,7 @@ Sections are named after the modules they steer. Units: `lambda1` and `lambda2` 
 default (see selection.py and transfer.py for what that means); lengths are in tokens.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -198,10 +199,8 @@ def parse_setting(text: str) -> dict[str, Any]:
     parsed = _load_yaml(value, f"--set {text!r}")
     # YAML 1.1 reads 1e-3 as a string: only a number with a dot counts there.
     if isinstance(parsed, str):
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     for key in reversed(keys):
         parsed = {key: parsed}
     return parsed  # type: ignore[no-any-return]

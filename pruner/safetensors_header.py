@@ -32,7 +32,7 @@ BITS_BY_DTYPE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One stored tensor: bytes [begin, end) of the file `shard`, counted from the file's start."""
 

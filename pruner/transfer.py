@@ -114,7 +114,7 @@ def transfer(
 
 
 def anneal_gate(recipe: TransferRecipe, step: int) -> float:
-    """The chosen layers' gate at `step`: 1 without annealing, else falling linearly to exactly 0."""
+    """The chosen layers' gate at `step`: 1 without annealing, else linear from 1 to exactly 0."""
     if recipe.anneal == "none":
         return 1.0
     last = max(1, math.ceil(recipe.anneal_fraction * recipe.steps) - 1)
@@ -254,7 +254,7 @@ class TransferLoop:
 
 @contextlib.contextmanager
 def _trainable(model: PreTrainedModel, lora: LoraRecipe | None) -> Any:
-    """The parameters to train, by name: all of them, or LoRA's, merged into the model at the end."""
+    """The parameters to train, by name: all, or LoRA's, which are merged when the block ends."""
     if lora is None:
         model.requires_grad_(True)
         yield dict(model.named_parameters())

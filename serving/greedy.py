@@ -38,7 +38,7 @@ _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1
 class _Document(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
 
 
 class GreedyRequest(_Document):
@@ -126,7 +126,10 @@ def generate(model: Path, request: GreedyRequest) -> GreedyResponse:
         dtype=request.dtype,
         tokens=tokens,
         logprobs=[
-            [float(step[token].logprob) for step, token in zip(completion.logprobs, row, strict=True)]
+            [
+                float(step[token].logprob)
+                for step, token in zip(completion.logprobs, row, strict=True)
+            ]
             for completion, row in zip(completions, tokens, strict=True)
         ],
     )

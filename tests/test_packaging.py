@@ -1,6 +1,7 @@
 """What is installed is what the folders hold, under the names that do not clash."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import entry_points
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+OPTIONAL = {"vllm"}
 
 
 def package_folders(root: Path) -> set[str]:
@@ -38,6 +41,25 @@ def test_the_type_checker_sees_the_declared_packages() -> None:
         package: ROOT / package.removeprefix("trsp.") for package in PACKAGES
     }
     assert PYPROJECT["tool"]["mypy"]["packages"] == PACKAGES
+
+
+def third_party_roots(source: str) -> set[str]:
+    """Top-level names a source imports, at any depth, that are neither ours nor Python's."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"trsp"}
+
+
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    imported = {
+        DISTRIBUTIONS.get(root, root)
+        for package in PACKAGES
+        for path in (ROOT / package.removeprefix("trsp.")).glob("*.py")
+        for root in third_party_roots(path.read_text(encoding="utf-8"))
+    }
+    declared = {re.split(r"[^\w-]", line)[0] for line in PYPROJECT["project"]["dependencies"]}
+    assert imported - OPTIONAL == declared
 
 
 def test_kernels_is_a_namespace_folder() -> None:

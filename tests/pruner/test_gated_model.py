@@ -1,0 +1,227 @@
+"""GatedModel: the patched layers are the model's own, scaled, skipped and measured exactly."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from trsp.pruner.checkpoint import load_model, open_checkpoint
+from trsp.pruner.families import decoder_layers, find_branches
+from trsp.pruner.gated_model import GatedModel
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GEMMA: dict[str, Any] = {**SHAPE, "head_dim": 16, "sliding_window": 8}
+FAMILIES: dict[str, Any] = {
+    "llama": (LlamaConfig(**SHAPE), "self_attn", "mlp"),
+    "mistral": (MistralConfig(**SHAPE), "self_attn", "mlp"),
+    "qwen2": (Qwen2Config(**SHAPE), "self_attn", "mlp"),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=16), "self_attn", "mlp"),
+    "phi3": (Phi3Config(**SHAPE), "self_attn", "mlp"),
+    "gemma2": (Gemma2Config(**GEMMA), "post_attention_layernorm", "post_feedforward_layernorm"),
+    "gemma3": (Gemma3TextConfig(**GEMMA), "post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt2": (
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, n_positions=64),
+        "attn",
+        "mlp",
+    ),
+    "opt": (
+        OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=32,
+        ),
+        "self_attn",
+        "fc2",
+    ),
+}  # fmt: skip
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(1)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(FAMILIES[family][0]), dtype=dtype
+    )
+    with torch.no_grad():  # larger than at initialization, so that every layer does something
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    return model.eval()
+
+
+TOKENS = torch.arange(40).remainder(60).view(2, 20) + 3
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return build("llama")
+
+
+def without_layers(model: PreTrainedModel, dropped: set[int]) -> Tensor:
+    """Logits with the layers really taken out of the module list."""
+    layers = decoder_layers(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    parent, _, attribute = name.rpartition(".")
+    kept = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in dropped)
+    setattr(model.get_submodule(parent), attribute, kept)
+    count, types = model.config.num_hidden_layers, getattr(model.config, "layer_types", None)
+    model.config.num_hidden_layers = len(kept)
+    if types:
+        model.config.layer_types = [t for index, t in enumerate(types) if index not in dropped]
+    logits: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    setattr(model.get_submodule(parent), attribute, layers)
+    model.config.num_hidden_layers = count
+    if types:
+        model.config.layer_types = types
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_are_found_from_structure(family: str) -> None:
+    for branches in find_branches(build(family)):
+        assert branches is not None
+        assert (branches.attention, branches.mlp) == FAMILIES[family][1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_gate_1_is_the_model_and_gate_0_the_model_without_the_layer(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = build(family, dtype)
+    dense = model(input_ids=TOKENS, use_cache=False).logits
+    shallow = without_layers(model, {1})
+    assert not torch.equal(dense, shallow)
+    with GatedModel(model) as gated:
+        gated.gated = gated.measured = frozenset({0, 1, 2})
+        gated.gates = torch.ones(3)
+        assert torch.equal(gated.logits(TOKENS), dense)
+        gated.gates = torch.tensor([1.0, 0.0, 1.0])
+        assert torch.equal(gated.logits(TOKENS), shallow)
+        with gated.masking({1}):
+            assert torch.equal(gated.logits(TOKENS), shallow)
+    assert torch.equal(model(input_ids=TOKENS, use_cache=False).logits, dense), "left as it was"
+
+
+def test_a_layer_without_plain_branches_goes_through_the_difference_op() -> None:
+    """OPT-350m normalises after each residual add: its output is not x + a + m."""
+    config = copy.deepcopy(FAMILIES["opt"][0])
+    config.do_layer_norm_before = False
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert find_branches(model) == (None, None, None)
+    with torch.no_grad(), GatedModel(model) as gated:
+        dense = gated.logits(TOKENS)
+        gated.gated = gated.measured = frozenset({1})
+        gated.gates = torch.ones(3)
+        torch.testing.assert_close(gated.logits(TOKENS), dense, rtol=0, atol=1e-6)
+        gated.gates = torch.zeros(3)
+        closed = gated.logits(TOKENS)
+        assert float(gated.differences[1].relative()) > 0
+    torch.testing.assert_close(closed, without_layers(model, {1}), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
+@torch.no_grad()
+def test_difference_norms_are_those_of_layer_input_and_output(
+    model: PreTrainedModel, norm: str
+) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def watch(_m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["x"], seen["y"] = args[0], output
+
+    handle = decoder_layers(model)[1].register_forward_hook(watch)
+    model(input_ids=TOKENS, use_cache=False)
+    handle.remove()
+    order = 1 if norm == "l1" else 2
+    power = 2 if norm == "l2_squared" else 1
+    expected_d = torch.linalg.vector_norm(seen["y"] - seen["x"], order, dim=-1) ** power
+    expected_x = torch.linalg.vector_norm(seen["x"], order, dim=-1) ** power
+    with GatedModel(model, norm=norm) as gated:  # type: ignore[arg-type]
+        gated.measured = frozenset({1})
+        gated.logits(TOKENS)
+        difference = gated.differences[1]
+        torch.testing.assert_close(difference.difference, expected_d, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(difference.reference, expected_x, rtol=1e-5, atol=1e-5)
+        assert set(gated.differences) == {1}
+        torch.testing.assert_close(difference.relative(), (expected_d / expected_x).mean())
+
+
+def test_activation_checkpointing_changes_no_gradient(model: PreTrainedModel) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        gates = torch.full((3,), 0.5, requires_grad=True)
+        with GatedModel(model, checkpoint_activations=checkpointing) as gated:
+            gated.gates, gated.gated = gates, frozenset({1, 2})
+            gated.measured = frozenset({2})
+            logits = gated.logits(TOKENS)
+            penalty = gated.differences[2].relative()
+            assert penalty.requires_grad
+            (logits.float().square().mean() + penalty).backward()
+        assert gates.grad is not None
+        gradients.append([gates.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+def test_gate_gradient_is_that_of_finite_differences(model: PreTrainedModel) -> None:
+    model.requires_grad_(False)
+    gates = torch.tensor([1.0, 0.7, 1.0], requires_grad=True)
+    with GatedModel(model.double()) as gated:
+        gated.gated = frozenset({1})
+
+        def loss(value: float) -> Tensor:
+            gated.gates = torch.tensor([1.0, value, 1.0])
+            return gated.logits(TOKENS).square().mean()
+
+        gated.gates = gates
+        gated.logits(TOKENS).square().mean().backward()
+        step = 1e-3
+        numeric = (loss(0.7 + step) - loss(0.7 - step)) / (2 * step)
+    assert gates.grad is not None
+    assert gates.grad[0] == 0
+    assert gates.grad[2] == 0
+    assert float(gates.grad[1]) == pytest.approx(float(numeric), rel=1e-3)
+
+
+def test_the_model_is_restored_after_an_error(pico_llama: Path) -> None:
+    model = load_model(open_checkpoint(pico_llama))
+    model.train()
+
+    def fail() -> None:
+        with GatedModel(model):
+            assert not model.training
+            raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        fail()
+    assert model.training
+    assert all("forward" not in vars(layer) for layer in decoder_layers(model))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert AutoConfig.from_pretrained(pico_llama).num_hidden_layers == 6
