@@ -282,7 +282,7 @@ def _check_run(
         raise UserError(f"the run has no length: num_steps {num_steps}, minutes {minutes}")
     if batch_size < 1 or sequence_length < 1:
         raise UserError(
-            f"batch_size {batch_size} and sequence_length {sequence_length}: at least 1"
+            f"batch_size {batch_size} and sequence_length {sequence_length} must be at least 1"
         )
     if sequence_length > config.max_position_embeddings:
         raise UserError(

@@ -3,7 +3,6 @@
 Tokenizer, model and record come out as one plain checkpoint folder.
 """
 
-import lzma
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,8 @@ from trsp.bench.base_model import (
 from trsp.bench.records import write_record
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
 from trsp.pruner.durable import publish_folder, refuse_existing
-from trsp.pruner.errors import UserError
 from trsp.pruner.progress import Progress, silent
+from trsp.pruner.text_files import read_texts
 
 DEFAULT_MINUTES = 15.0
 
@@ -64,7 +63,7 @@ def train_checkpoint(
         RunError: the loss is not finite, or the disk is full.
     """
     refuse_existing(out, overwrite=overwrite)
-    documents = [_read(path) for path in text_files]
+    documents = list(read_texts(text_files, progress=progress))
     progress("tokenizer", 0, 2)
     tokenizer = train_tokenizer(documents, vocab_size)
     progress("tokenizer", 1, 2)
@@ -143,19 +142,10 @@ def loss_curve(steps: list[TrainingStep], num_points: int = 200) -> list[dict[st
     return curve[::-1]
 
 
-def _read(path: Path) -> str:
-    """The text of a UTF-8 file, plain or .xz."""
-    try:
-        data = path.read_bytes()
-        return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
 # A group's only action rather than a command: groups are what turns errors into exit codes.
 @app.callback(invoke_without_command=True)
 def main(
-    text: Annotated[list[Path], typer.Option(help="text file, plain or .xz; repeat for more")],
+    text: Annotated[list[Path], typer.Option(help="text file or folder; repeat for more")],
     out: Annotated[Path, typer.Option(help="checkpoint folder to publish")],
     layers: Annotated[int, typer.Option()] = 12,
     hidden_size: Annotated[int, typer.Option(help="a multiple of 64")] = 192,

@@ -32,14 +32,17 @@ def gated_branch_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """z, d in x's dtype if `save_d` (attn_out itself where it is d), diff_norm, x_norm."""
     dtype = _compute_dtype(x)
-    y, d = (x + attn_out).to(x.dtype), attn_out.to(dtype)
+    y = (x + attn_out).to(x.dtype)
     if mlp_out is not None:
-        y, d = (y + mlp_out).to(x.dtype), d + mlp_out.to(dtype)
+        y = (y + mlp_out).to(x.dtype)
     z = _apply_gate(x, y, gate, gate_kind)
-    saved = None
-    if save_d:
-        saved = attn_out if mlp_out is None else d.to(x.dtype)
-    diff_norm = None if norm is None else _norm_of(d, norm)
+    saved = diff_norm = None
+    if save_d or norm is not None:
+        d = attn_out.to(dtype) if mlp_out is None else attn_out.to(dtype) + mlp_out.to(dtype)
+        if save_d:
+            saved = attn_out if mlp_out is None else d.to(x.dtype)
+        if norm is not None:
+            diff_norm = _norm_of(d, norm)
     x_norm = _norm_of(x.to(dtype), norm) if ref_norm and norm is not None else None
     return z, saved, diff_norm, x_norm
 

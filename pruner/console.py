@@ -3,6 +3,7 @@
 stdout belongs to results: one JSON document with `--json`, else a short text.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def progress_bars(*, hidden: bool = False) -> Iterator[Progress]:
     if hidden:
         yield silent
         return
+    # transformers reads this when it is imported; its bars would break into these.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -15,7 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -103,6 +103,8 @@ def publish_folder(
                 write_manifest(temp, digests)
                 for folder in [temp, *(path for path in temp.rglob("*") if path.is_dir())]:
                     _fsync(folder)
+            # Once more: something may have taken the name while the block ran.
+            refuse_existing(out, overwrite=overwrite)
             _swap_in(temp, out)
         except BaseException:
             # What resists removal here is swept by the next run; this error is the one to show.
@@ -334,7 +336,9 @@ def _swap_in(temp: Path, out: Path) -> None:
     # Under this name a sweep will never move it back, not even when half of it is gone.
     old.rename(temp)
     _fsync(out.parent)
-    _remove(temp)
+    # The new folder is in place; what resists removal is swept by the next run.
+    with suppress(OSError):
+        _remove(temp)
 
 
 def _acquire(path: Path) -> int:

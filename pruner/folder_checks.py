@@ -23,7 +23,7 @@ from trsp.pruner.layer_map import LayerMap
 from trsp.pruner.progress import Progress
 from trsp.pruner.safetensors_header import TensorEntry
 
-Measured = Mapping[str, float | int | str]
+Measured = Mapping[str, float]
 
 _REFERENCE = "the checkpoint that was compacted (after a transfer, the transferred one)"
 _CHUNK_BYTES = 8 * 2**20

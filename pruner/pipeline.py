@@ -25,7 +25,7 @@ from trsp.pruner.checkpoint import (
     load_tokenizer,
     open_checkpoint,
 )
-from trsp.pruner.compaction import compact, copy_companions, plan_compaction
+from trsp.pruner.compaction import check_layer_map, compact, copy_companions, plan_compaction
 from trsp.pruner.cost import StageCost
 from trsp.pruner.durable import publish_folder, refuse_existing, run_lock
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -36,7 +36,7 @@ from trsp.pruner.progress import Progress, silent
 from trsp.pruner.proof import VllmCheck, prove, require
 from trsp.pruner.recipe import Recipe, recipe_yaml
 from trsp.pruner.run_folder import RunFolder
-from trsp.pruner.selection import select_layers
+from trsp.pruner.selection import check_target, select_layers
 from trsp.pruner.signals import stopping_on_signals
 from trsp.pruner.transfer import TransferState, transfer
 
@@ -104,6 +104,15 @@ class Run:
 
     def base_model(self) -> BaseModel:
         return base_model_of(self.checkpoint)
+
+    def check_target(self) -> None:
+        """Refuse a number of layers that cannot be removed, before anything is written."""
+        num_layers = self.checkpoint.num_hidden_layers
+        check_target(
+            num_layers,
+            self.recipe.num_to_remove(num_layers),
+            self.recipe.protected_layers(num_layers),
+        )
 
     def select(self, calibration: CalibrationSet) -> LayerMap:
         """Stage 1, from where it stopped; its layer map is in the run folder afterwards."""
@@ -234,7 +243,7 @@ def prune(
                 "layers (--keep, --map)"
             )
         if given is None:
-            recipe.num_to_remove(run.checkpoint.num_hidden_layers)
+            run.check_target()
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
         if given is None:
             assert calibration is not None
@@ -269,7 +278,7 @@ def plan(
         calibration = run.calibration()
         if calibration is None:
             raise UserError("stage 1 learns from text: give it with --data")
-        recipe.num_to_remove(run.checkpoint.num_hidden_layers)
+        run.check_target()
         run.folder.begin(_identity(run, None, calibration), resume=resume, overwrite=overwrite)
         layer_map = run.select(calibration)
         write_layer_map(layer_map, out)
@@ -294,6 +303,7 @@ def describe(
     elif calibration is None:
         raise UserError("nothing says which layers go: give --data, --keep or --map")
     else:
+        run.check_target()
         count = recipe.num_to_remove(num_layers)
         protected = sorted(recipe.protected_layers(num_layers))
         lines.append(
@@ -314,7 +324,9 @@ def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
     if layer_map is not None and run.recipe.keep is not None:
         raise UserError("--map and --keep both name the layers; choose one")
     if layer_map is not None:
-        return read_layer_map(layer_map)
+        given = read_layer_map(layer_map)
+        check_layer_map(run.checkpoint, given)
+        return given
     if run.recipe.keep is None:
         return None
     run.recipe.num_to_remove(run.checkpoint.num_hidden_layers)

@@ -7,6 +7,7 @@ the reason, never as passed.
 
 import importlib.metadata
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ Status = Literal["passed", "failed", "skipped"]
 
 SCHEMA_VERSION = 1
 NUM_CHECKS = 16
+MAX_ERROR_CHARACTERS = 400
 
 
 class ProofError(RunError):
@@ -37,7 +39,7 @@ class ProofError(RunError):
 
     def __init__(self, proof: "Proof") -> None:
         failures = [f"{check.name}: {check.detail}" for check in proof.failures]
-        super().__init__(f"the proof failed in {len(failures)} checks: {'; '.join(failures)}")
+        super().__init__(f"the proof failed: {'; '.join(failures)}")
         self.proof = proof
 
 
@@ -297,8 +299,8 @@ class _Prover:
             except (UserError, RunError) as error:
                 status, finding = "failed", Finding(str(error))
             except Exception as error:
-                first_line = str(error).strip().partition("\n")[0]
-                status, finding = "failed", Finding(f"{type(error).__name__}: {first_line}")
+                text = textwrap.shorten(str(error), MAX_ERROR_CHARACTERS, placeholder=" ...")
+                status, finding = "failed", Finding(f"{type(error).__name__}: {text}")
         self.checks[name] = Check(name, status, finding.detail, finding.measured, finding.tolerance)
 
     def _passed(self, *names: str) -> bool:

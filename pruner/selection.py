@@ -88,12 +88,7 @@ def select_layers(
         RunError: a loss that is not finite, with its step and batch.
     """
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if num_to_remove > num_layers - len(protected):
-        raise UserError(
-            f"{num_to_remove} layers are to go but only {num_layers - len(protected)} of "
-            f"{num_layers} are unprotected (selection.protected: {sorted(protected)}); "
-            "protect fewer or remove fewer"
-        )
+    check_target(num_layers, num_to_remove, protected)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
@@ -118,6 +113,16 @@ def select_layers(
         for parameter in trainable:
             parameter.requires_grad_(True)
     return state
+
+
+def check_target(num_layers: int, num_to_remove: int, protected: frozenset[int]) -> None:
+    """UserError when fewer layers are unprotected than are to be removed."""
+    if num_to_remove > num_layers - len(protected):
+        raise UserError(
+            f"{num_to_remove} layers are to go but only {num_layers - len(protected)} of "
+            f"{num_layers} are unprotected (selection.protected: {sorted(protected)}); "
+            "protect fewer or remove fewer"
+        )
 
 
 def _select_by_block_influence(

@@ -25,7 +25,7 @@ COMMAND = (sys.executable, "-P", "-m", "trsp.serving.greedy")
 # An engine is ready in about 60 s on 2 CPU cores; tens of gigabytes of weights take minutes.
 TIMEOUT_SECONDS = 1800.0
 _POLL_SECONDS = 0.5
-_MAX_LINE = 300
+_MAX_LINE = 500
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 1
 MAX_REQUEST_BYTES = 16 * 2**20
+MAX_ERROR_CHARACTERS = 400
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -147,10 +149,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             response = generate(model, request)
         except Exception as error:
             traceback.print_exc()
-            first_line = str(error).strip().partition("\n")[0]
-            line = f"{type(error).__name__}: {first_line}"
+            text = textwrap.shorten(str(error), MAX_ERROR_CHARACTERS, placeholder=" ...")
+            line = f"{type(error).__name__}: {text}"
             return _answer(stdout, {"schema_version": SCHEMA_VERSION, "error": line}, code=1)
         return _answer(stdout, response.model_dump(), code=0)
+
+
+def read_request(content: bytes) -> GreedyRequest:
+    """Parse a request.
+
+    Raises:
+        ValueError: not JSON, an unknown or missing field, or a value out of range; one line.
+    """
+    if len(content) > MAX_REQUEST_BYTES:
+        raise ValueError(f"the request is larger than {MAX_REQUEST_BYTES} bytes")
+    try:
+        return GreedyRequest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "document"
+        raise ValueError(f"the request's {place}: {first['msg']}") from error
 
 
 def _read(arguments: Sequence[str]) -> tuple[Path, GreedyRequest]:
@@ -159,15 +177,7 @@ def _read(arguments: Sequence[str]) -> tuple[Path, GreedyRequest]:
     model = Path(arguments[0])
     if not model.is_dir():
         raise ValueError(f"{model} is not a folder; name a local checkpoint")
-    content = sys.stdin.buffer.read(MAX_REQUEST_BYTES + 1)
-    if len(content) > MAX_REQUEST_BYTES:
-        raise ValueError(f"the request on stdin is larger than {MAX_REQUEST_BYTES} bytes")
-    try:
-        return model, GreedyRequest.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise ValueError(f"the request on stdin: {place}: {first['msg']}") from error
+    return model, read_request(sys.stdin.buffer.read(MAX_REQUEST_BYTES + 1))
 
 
 def _answer(stdout: TextIO, document: dict[str, Any], *, code: int) -> int:
@@ -177,7 +187,10 @@ def _answer(stdout: TextIO, document: dict[str, Any], *, code: int) -> int:
 
 @contextmanager
 def _stdout_reserved() -> Iterator[TextIO]:
-    """Give the real stdout; whatever else writes to descriptor 1, C code too, reaches stderr."""
+    """Give the real stdout; whatever else writes to descriptor 1, C code too, reaches stderr.
+
+    For good: engines write as the process ends, too.
+    """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
         sys.stdout.flush()
         os.dup2(2, 1)

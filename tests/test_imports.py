@@ -25,7 +25,7 @@ SERVING_READS = {"errors", "layer_map"}
 # A module imports only what stands before it: no cycles, and a place for every newcomer.
 PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map"),
-    ("recipe", "safetensors_header", "config_surgery", "checkpoint"),
+    ("recipe", "token_ids", "safetensors_header", "config_surgery", "checkpoint"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "gated_model"),
     ("criteria", "distillation", "selection", "transfer"),

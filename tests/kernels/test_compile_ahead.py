@@ -34,7 +34,7 @@ def records() -> list[dict[str, Any]]:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=600,
         check=True,
     )
     return list(json.loads(result.stdout))

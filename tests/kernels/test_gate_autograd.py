@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trsp.kernels import gated_branch as gated_branch_module
 from trsp.kernels import gated_difference as gated_difference_module
-from trsp.kernels.gated_branch import gated_branch, gated_branch_reference
-from trsp.kernels.gated_difference import gated_difference, gated_difference_reference
+
+# Any: each test knows which outputs and gradients it asked for.
+gated_branch: Any = gated_branch_module.gated_branch
+gated_branch_reference: Any = gated_branch_module.gated_branch_reference
+gated_difference: Any = gated_difference_module.gated_difference
+gated_difference_reference: Any = gated_difference_module.gated_difference_reference
 
 T, D = 3, 40
 DIFFERENCE_WARNING = "gated_difference measures"
@@ -22,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(f"ignore:{DIFFERENCE_WARNING}")
 
 def leaves(
     device: str, num_tensors: int, dtype: torch.dtype = torch.float32, learns: str = ""
-) -> list[Tensor]:
+) -> list[Any]:
     """Random [T, D] tensors; the n-th wants a gradient where `learns` has a 1 at n."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(T, D, generator=generator) for _ in range(num_tensors)]
@@ -33,7 +38,7 @@ def leaves(
     ]
 
 
-def gate_on(device: str, learns: bool = True) -> Tensor:
+def gate_on(device: str, learns: bool = True) -> Any:
     return torch.full((1,), 0.7, device=device, requires_grad=learns)
 
 
@@ -123,7 +128,7 @@ def test_nothing_is_recorded_without_grad_or_without_a_learner(device: str, back
 def test_gated_branch_gives_each_learner_what_it_would_get_among_all(
     device: str, backend: str, gate_kind: Any, learns: str
 ) -> None:
-    def gradients(flags: str) -> list[Tensor | None]:
+    def gradients(flags: str) -> list[Any]:
         inputs = leaves(device, 3, learns=flags[:3])
         gate = gate_on(device, flags[3] == "1")
         z, diff_norm, _ = gated_branch(*inputs, gate, gate_kind=gate_kind, norm="l2")
@@ -145,7 +150,7 @@ def test_gated_branch_gives_each_learner_what_it_would_get_among_all(
 def test_gated_difference_gives_each_learner_what_it_would_get_among_all(
     device: str, backend: str, gate_kind: Any, learns: str
 ) -> None:
-    def gradients(flags: str) -> list[Tensor | None]:
+    def gradients(flags: str) -> list[Any]:
         inputs = leaves(device, 2, learns=flags[:2])
         gate = gate_on(device, flags[2] == "1")
         z, diff_norm, _ = gated_difference(*inputs, gate, gate_kind=gate_kind, norm="l2")
@@ -230,7 +235,7 @@ def test_a_second_derivative_is_refused(device: str, backend: str, op: Any) -> N
 
 
 def test_the_gate_s_gradient_reaches_the_model_s_vector(device: str, backend: str) -> None:
-    gates = torch.tensor([0.2, 0.7, 1.0], device=device, requires_grad=True)
+    gates: Any = torch.tensor([0.2, 0.7, 1.0], device=device, requires_grad=True)
     x, attn_out, mlp_out = leaves(device, 3, learns="000")
     z, _, _ = gated_branch(x, attn_out, mlp_out, gates[1:2], norm=None)
     z.sum().backward()
@@ -278,7 +283,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(device: str, backend: str) -
     assert all(t.grad.dtype == torch.float32 and (t.grad != 0).any() for t in learners)
 
 
-def _both_ops(x: Tensor, attn_out: Tensor, mlp_out: Tensor, gate: Tensor) -> Tensor:
+def _both_ops(x: Tensor, attn_out: Tensor, mlp_out: Tensor, gate: Tensor) -> Any:
     z, branch_norm, _ = gated_branch(x, attn_out, mlp_out, gate, norm="l2", ref_norm=True)
     z, difference_norm, x_norm = gated_difference(z, z + attn_out, gate, ref_norm=True)
     return z.square().sum() + branch_norm.sum() + (difference_norm / x_norm).sum()
@@ -310,7 +315,7 @@ def test_a_forced_kernel_is_refused_under_torch_compile(
 ) -> None:
     monkeypatch.setenv("TRSP_KERNELS", "triton")
     torch.compiler.reset()
-    compiled = torch.compile(_both_ops, backend="aot_eager")
+    compiled: Any = torch.compile(_both_ops, backend="aot_eager")
     with pytest.raises(ValueError, match="TRSP_KERNELS=triton is impossible here"):
         compiled(*leaves(device, 3), gate_on(device))
 

@@ -3,12 +3,18 @@
 T tokens, D hidden size.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from trsp.kernels.gated_branch import gated_branch, gated_branch_reference
-from trsp.kernels.gated_difference import gated_difference, gated_difference_reference
+from trsp.kernels import gated_branch as gated_branch_module
+from trsp.kernels import gated_difference as gated_difference_module
+
+# Any: each test knows which outputs and gradients it asked for.
+gated_branch: Any = gated_branch_module.gated_branch
+gated_difference: Any = gated_difference_module.gated_difference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 T, D = 4, 100
@@ -18,7 +24,7 @@ pytestmark = [
 ]
 
 
-def draw(device: str, dtype: torch.dtype, num_tensors: int, scale: float = 1.0) -> list[Tensor]:
+def draw(device: str, dtype: torch.dtype, num_tensors: int, scale: float = 1.0) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     tensors = torch.randn(num_tensors, T, D, generator=generator) * scale
     return [tensor.to(device, dtype) for tensor in tensors]
@@ -90,15 +96,15 @@ def test_kernel_and_reference_agree_to_the_bit(
     streams, gate = draw(device, dtype, 3), gate_of(0.7, device)
     dz, norm_grad = draw(device, dtype, 1)[0].flip(0), torch.arange(T, device=device) - 1.5
 
-    def run(op, *inputs):  # type: ignore[no-untyped-def]
+    def run(op: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         z, diff_norm, _ = op(*leaves, gate, norm="l1")
         grads = torch.autograd.grad([z, diff_norm], leaves, [dz, norm_grad])
         return z, *grads
 
     for kernel, reference, inputs in (
-        (gated_branch, gated_branch_reference, streams),
-        (gated_difference, gated_difference_reference, streams[:2]),
+        (gated_branch, gated_branch_module.gated_branch_reference, streams),
+        (gated_difference, gated_difference_module.gated_difference_reference, streams[:2]),
     ):
         for ours, theirs in zip(run(kernel, *inputs), run(reference, *inputs), strict=True):
             assert same_bits(ours, theirs)
@@ -182,7 +188,7 @@ def test_a_large_dz_does_not_round_the_penalty_away(device: str, backend: str, n
 def test_a_second_run_is_bit_equal(device: str, backend: str, dtype: torch.dtype) -> None:
     streams = draw(device, dtype, 3)
 
-    def run(op, *inputs):  # type: ignore[no-untyped-def]
+    def run(op: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, gate_of(0.7, device))]
         z, diff_norm, x_norm = op(*leaves, norm="l2", ref_norm=True)
         (z.float().square().sum() + diff_norm.sum()).backward()

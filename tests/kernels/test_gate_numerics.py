@@ -93,7 +93,7 @@ def eager(form: str) -> Callable[..., Any]:
 
 def _norm_of(d: Tensor, norm: str) -> Tensor:
     accumulate = torch.float64 if d.dtype == torch.float64 else torch.float32
-    value = torch.linalg.vector_norm(d, 1 if norm == "l1" else 2, dim=-1, dtype=accumulate)
+    value: Tensor = torch.linalg.vector_norm(d, 1 if norm == "l1" else 2, dim=-1, dtype=accumulate)
     return value.square() if norm == "l2_squared" else value
 
 

@@ -119,7 +119,7 @@ def test_mistakes_in_what_is_asked(pico_llama: Path, tmp_path: Path, text_file: 
     assert "removing 6 of 6" in refused(*learn, "--layers", 6)
     assert "unprotected" in refused(*learn, "--layers", 4, "--set", "selection.protected=[0,1,2]")
     assert "9" in refused(*prune, "--keep", "0,9")
-    assert "repeated" in refused(*prune, "--keep", "0,1,1")
+    assert "layer 1 twice" in refused(*prune, "--keep", "0,1,1")
     assert "--data" in refused(*prune)
     assert "section.name=value" in refused(*learn, "--set", "whatever")
     assert "transfer.lamda2" in refused(*learn, "--set", "transfer.lamda2=1")

@@ -425,7 +425,7 @@ def test_every_kept_tensor_arrives_whole_whatever_the_shards(
     checkpoint = open_checkpoint(folder)
     out = folder / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(compaction, "_BUFFER_BYTES", data.draw(st.integers(1, 64)))
+        monkeypatch.setattr(compaction, "_PIECE_BYTES", data.draw(st.integers(1, 64)))
         compact(checkpoint, layer_map_of(checkpoint, kept), out)
     written: dict[str, Tensor] = {}
     for path in out.glob("*.safetensors"):
@@ -716,7 +716,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_noticed(
 ) -> None:
     shard = small.path / small.shards[2].name
     kept = layer_map_of(small, (0, 2))
-    monkeypatch.setattr(compaction, "_BUFFER_BYTES", 16)
+    monkeypatch.setattr(compaction, "_PIECE_BYTES", 16)
 
     def cut(task: str, completed: int, total: int) -> None:
         if completed > total - 150:

@@ -313,6 +313,44 @@ def test_qwen_list_that_contradicts_the_threshold_wins() -> None:
     assert load(new_config).layer_types == [SLIDING, FULL, FULL]
 
 
+def test_qwen_with_windows_of_no_size_has_none() -> None:
+    config = {**HUB_QWEN, "use_sliding_window": True, "sliding_window": None}
+    new_config, _ = rewrite_config({**config, "max_window_layers": 1}, [0, 1])
+    assert "layer_types" not in new_config
+    assert load(new_config).layer_types == load(config).layer_types[:2] == [FULL, FULL]
+    # Where the threshold is left to the class, 28, the list is what would be written.
+    config = {**config, "num_hidden_layers": 30}
+    del config["max_window_layers"]
+    assert rewrite_config(config, [0, 29])[0] == {**config, "num_hidden_layers": 2}
+
+
+def test_smollm3_windows_follow_the_layers_without_rope() -> None:
+    config = {
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "no_rope_layers": [0, 1, 1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+    }
+    new_config, _ = rewrite_config(config, [0, 2])
+    assert load(config).layer_types == [SLIDING, FULL, FULL, SLIDING]
+    assert load(new_config).layer_types == [SLIDING, FULL]
+    assert load(new_config).no_rope_layers == [0, 1]
+
+
+def test_gemma2_has_no_interval_to_read() -> None:
+    config = {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window_pattern": 1}
+    new_config, _ = rewrite_config(config, [1, 2])
+    assert load(new_config).layer_types == new_config["layer_types"] == [FULL, SLIDING]
+
+
+def test_the_new_config_shares_nothing_with_the_old() -> None:
+    config = pico_config("llama")
+    new_config, _ = rewrite_config(config, [1, 2])
+    new_config["rope_parameters"]["rope_theta"] = 1
+    assert config == pico_config("llama")
+
+
 def test_gemma3_interval_goes_where_it_would_lie() -> None:
     config = {"model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window_pattern": 3}
     new_config, changes = rewrite_config(config, [0, 2, 3])
@@ -347,6 +385,13 @@ def test_moe_step_becomes_a_list_of_dense_layers() -> None:
     new_config, _ = rewrite_config(config, [1, 2, 3, 5])
     assert new_config["mlp_only_layers"] == [0, 1]
     assert new_config["decoder_sparse_step"] == 1
+
+
+def test_moe_list_of_dense_layers_is_renumbered() -> None:
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "mlp_only_layers": [0, 3, 5]}
+    new_config, changes = rewrite_config({**config, "decoder_sparse_step": 1}, [1, 3, 4, 5])
+    assert new_config["mlp_only_layers"] == [1, 3]
+    assert ConfigChange("mlp_only_layers", [0, 3, 5], [1, 3]) in changes
 
 
 def test_moe_without_dense_layers_is_left_alone() -> None:

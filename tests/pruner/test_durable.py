@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from trsp.pruner import durable
 from trsp.pruner.errors import RunError, UserError
 
@@ -200,6 +201,18 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model: already exists; .*--overwrite"):
         publish(tmp_path / "model", NEW_FILES)
     assert content_of(tmp_path / "model") == OLD_FILES
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def fill_late() -> None:
+        with durable.publish_folder(tmp_path / "model"):
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "config.json").write_text("another's")
+
+    with pytest.raises(UserError, match="already exists"):
+        fill_late()
+    assert content_of(tmp_path / "model") == {"config.json": b"another's"}
     assert names_in(tmp_path) == ["model"]
 
 

@@ -153,7 +153,7 @@ def test_prefix_keeps_the_steps_of_its_removals() -> None:
 
 def test_prefix_keeps_the_one_record_of_one_decision() -> None:
     layer_map = LayerMap.from_removal_order(BASE, [5, 2, 1], steps=[{"scores": [0.5]}])
-    assert layer_map.prefix(1).steps == ({"scores": [0.5]},)
+    assert layer_map.prefix(1).steps == layer_map.prefix(0).steps == ({"scores": [0.5]},)
 
 
 @pytest.mark.parametrize("count", [-1, 3, True, 1.0, None])
@@ -480,6 +480,12 @@ def test_mergekit_text() -> None:
 def test_mergekit_does_not_split_the_name(name: str) -> None:
     document = yaml.safe_load(to_mergekit_slices(example(), model=name))
     assert document["slices"][0]["sources"][0]["model"] == {"model": {"path": name}}
+
+
+def test_mergekit_name_that_yaml_would_fold_or_refuse() -> None:
+    name = 'a "b" \\ \x85 \u2028 \u2029 \ufeff\x7f\uffff \U0001f600: #'
+    document = yaml.safe_load(to_mergekit_slices(example(), model=name))
+    assert document["slices"][0]["sources"][0]["model"] == name
 
 
 def test_llama_cpp_list() -> None:

@@ -1,6 +1,7 @@
 """What counts as the same choice: ties are named, everything else and every NaN is a mismatch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_difference_is_relative_to_the_reference_and_keeps_nan() -> None:
     assert (found.largest, found.scale, found.relative) == (9.0, 5.0, 1.8)
     assert math.isnan(difference([torch.tensor([math.nan])], [torch.tensor([1.0])]).relative)
     # Silence cannot hide a difference.
-    assert difference([torch.tensor([1e-3])], [torch.tensor([0.0])]).relative == 1e-3
+    assert difference([torch.tensor([0.5])], [torch.tensor([0.0])]).relative == 0.5
 
 
 def served(*row: int) -> ServedTokens:
@@ -89,7 +90,7 @@ def test_served_rows_of_another_length_are_refused() -> None:
         served_agreement(PROBES, tokens(0, 2), LOGITS, served(0))
 
 
-def config(**changes: object) -> LlamaConfig:
+def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{"vocab_size": 40, "max_position_embeddings": 128, **changes})
 
 

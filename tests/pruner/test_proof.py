@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trsp.pruner import model_checks, proof, vllm_process
-from trsp.pruner.checkpoint import open_checkpoint
+from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.compaction import compact
 from trsp.pruner.durable import write_manifest
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -127,7 +127,17 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(document))
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite_layer_types(folder: Path, types: list[str]) -> None:
+    """Change config.json and what the layer map records of it alike."""
+    change_json(folder / "config.json", layer_types=types)
+    changes = json.loads((folder / "layer_map.json").read_text())["config_changes"]
+    for change in changes:
+        if change["field"] == "layer_types":
+            change["after"] = types
+    change_json(folder / "layer_map.json", config_changes=changes)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -302,12 +312,7 @@ def test_stale_layer_types_fail(gemma: Path, pruned_gemma: Path, tmp_path: Path)
     result = prove(folder, against=gemma, vllm="off")
     assert set(failed(result)) == {"layer_map", "config", "load"}
     # Shortened instead of sliced, and the layer map agrees: only the layers themselves tell.
-    change_json(folder / "config.json", layer_types=stale[:3])
-    layers = json.loads((folder / "layer_map.json").read_text())
-    for change in layers["config_changes"]:
-        if change["field"] == "layer_types":
-            change["after"] = stale[:3]
-    (folder / "layer_map.json").write_text(json.dumps(layers))
+    rewrite_layer_types(folder, stale[:3])
     result = prove(folder, against=gemma, vllm="off")
     assert set(failed(result)) == {"layer_attributes", "logits", "greedy"}
     assert "layer_type is 'full_attention'" in details(result)["layer_attributes"]
@@ -319,11 +324,7 @@ def test_window_too_wide_for_the_probes_is_still_compared(tmp_path: Path) -> Non
     base = save_model(config, tmp_path / "base")
     folder = prune_folder(base, tmp_path / "pruned", [0])
     assert prove(folder, against=base, vllm="off").passed
-    swapped = ["sliding_attention", "full_attention"]
-    change_json(folder / "config.json", layer_types=swapped)
-    layers = json.loads((folder / "layer_map.json").read_text())
-    layers["config_changes"][-1]["after"] = swapped
-    (folder / "layer_map.json").write_text(json.dumps(layers))
+    rewrite_layer_types(folder, ["sliding_attention", "full_attention"])
     write_manifest(folder)
     assert failed(prove(folder, against=base, vllm="off")) == ["layer_attributes"]
 
@@ -340,10 +341,9 @@ def test_sharded_checkpoint_passes(llama: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def stale_layer_idx(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose second layer believes that it is the first, as after a careless deletion."""
-    load = model_checks.load_model
 
     def load_stale(*args: Any, **options: Any) -> PreTrainedModel:
-        model = load(*args, **options)
+        model = load_model(*args, **options)
         model.model.layers[1].self_attn.layer_idx = 0
         return model
 
@@ -372,11 +372,12 @@ def test_proof_runs_where_the_context_is_tiny(tmp_path: Path) -> None:
 def test_models_are_in_memory_one_at_a_time(
     gemma: Path, pruned_gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, loaded, alive_at_load = model_checks.load_model, [], []
+    loaded: list[weakref.ref[PreTrainedModel]] = []
+    alive_at_load: list[int] = []
 
     def load_watched(*args: Any, **options: Any) -> PreTrainedModel:
         alive_at_load.append(sum(reference() is not None for reference in loaded))
-        model = load(*args, **options)
+        model = load_model(*args, **options)
         loaded.append(weakref.ref(model))
         return model
 

@@ -134,7 +134,11 @@ DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", json_lines([{"text": "a"}, {"b": 1, "c": 2}]), "line 2: .*'b', 'c'.*text_field"),
+        (
+            "a.jsonl",
+            json_lines([{"text": "a"}, {"b": 1, "c": 2}]),
+            "line 2: .*'b', 'c'.*text_field",
+        ),
         ("a.jsonl", json_lines([{"text": None}]), "line 1: .*not text but NoneType"),
         ("a.jsonl", json_lines(["only a string"]), "line 1: a row is an object .* not str"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: is not JSON"),
