@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from trsp.pruner import folder_checks
 from trsp.pruner.checkpoint import Checkpoint, contained_file, open_checkpoint
-from trsp.pruner.compaction import LAYER_MAP_NAME
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.folder_checks import CheckFailed, CheckSkipped, Finding, Measured
 from trsp.pruner.layer_map import LayerMap, read_layer_map
@@ -31,6 +30,7 @@ Status = Literal["passed", "failed", "skipped"]
 
 SCHEMA_VERSION = 1
 NUM_CHECKS = 16
+LAYER_MAP_NAME = "layer_map.json"
 MAX_ERROR_CHARACTERS = 400
 
 

@@ -418,10 +418,11 @@ def test_pickled_weights_beside_safetensors_are_never_opened(model: Path, tmp_pa
         "../other/model.safetensors",
         "/etc/passwd",
         "sub/model.safetensors",
+        "./model.safetensors",
+        "a\\b.safetensors",
+        "a\0b.safetensors",
         "..",
         "",
-        "a\\b",
-        "a\0b",
     ],
 )
 def test_an_index_that_names_a_path_is_refused(model: Path, name: str) -> None:
@@ -429,7 +430,9 @@ def test_an_index_that_names_a_path_is_refused(model: Path, name: str) -> None:
     index = json.loads((model / INDEX_NAME).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     (model / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is not the name of a file in this folder"):
+    with pytest.raises(
+        UserError, match=r"is not (the name of a file|a safetensors file)"
+    ):
         open_checkpoint(model)
 
 

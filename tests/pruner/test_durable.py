@@ -137,8 +137,13 @@ def test_publish_syncs_every_file_and_the_manifest_before_the_rename_and_the_par
 def test_publish_takes_known_digests_and_hashes_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_again = []
-    monkeypatch.setattr(durable, "_sha256", lambda path: read_again.append(path.name) or "0" * 64)
+    read_again: list[str] = []
+
+    def recorded_sha256(path: Path) -> str:
+        read_again.append(path.name)
+        return "0" * 64
+
+    monkeypatch.setattr(durable, "_sha256", recorded_sha256)
     digests: dict[str, str] = {}
     with durable.publish_folder(tmp_path / "model", digests=digests) as folder:
         (folder / "large").write_bytes(b"1")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trsp.pruner import model_checks, proof, vllm_process
-from trsp.pruner.checkpoint import load_model, open_checkpoint
+from trsp.pruner.checkpoint import Checkpoint, load_model, open_checkpoint
 from trsp.pruner.compaction import compact
 from trsp.pruner.durable import write_manifest
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -355,6 +355,34 @@ def test_stale_layer_idx_fails_and_spoils_the_cache(pruned_llama: Path) -> None:
     result = prove(pruned_llama, vllm="off")
     assert set(failed(result)) == {"layer_indices", "kv_cache"}
     assert "layer 1.self_attn.layer_idx is 0" in details(result)["layer_indices"]
+
+
+def test_logits_that_differ_with_the_cache_fail_though_the_tokens_agree(
+    pruned_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_checks, "CACHE_TOLERANCE", 0.0)
+    result = prove(pruned_llama, vllm="off")
+    assert failed(result) == ["kv_cache"]
+    assert "160 greedy tokens with the cache on and off" in details(result)["kv_cache"]
+
+
+def test_a_difference_in_its_own_dtype_alone_fails(
+    gemma: Path, pruned_gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_skewed(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
+        model = load_model(checkpoint, **options)
+        if options["dtype"] == "auto" and checkpoint.path == pruned_gemma:
+            with torch.no_grad():
+                # Gemma multiplies by 1 + weight: logits grow by 5 %.
+                model.model.norm.weight += 0.05
+        return model
+
+    monkeypatch.setattr(model_checks, "load_model", load_skewed)
+    result = prove(pruned_gemma, against=gemma, vllm="off")
+    assert failed(result) == ["logits_native"]
+    check = result.failures[0]
+    assert check.tolerance == 2**-8
+    assert check.measured["relative_difference"] > check.tolerance
 
 
 def test_proof_runs_where_the_context_is_tiny(tmp_path: Path) -> None:
