@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def time_generation(
     for repeat in range(repeats + 1):
         for label in list(models) if repeat % 2 else reversed(list(models)):
             started = time.perf_counter()
-            models[label].generate(
+            generate: Any = models[label].generate
+            generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 min_new_tokens=new_tokens,

@@ -60,7 +60,9 @@ def _model(num_layers: int, hidden_size: int, device: str) -> LlamaForCausalLM:
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=hidden_size // 64,
     )
-    return LlamaForCausalLM(config).to(device).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def _medians(arms: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
@@ -106,14 +108,14 @@ def measure_stage_1(
     def frozen() -> None:
         embeddings = model.get_input_embeddings()(tokens).requires_grad_(True)
         logits = model(inputs_embeds=embeddings, use_cache=False).logits
-        language_model_loss(logits, tokens).backward()  # type: ignore[no-untyped-call]
+        language_model_loss(logits, tokens).backward()
 
     def gate_step() -> None:
         with gated:
             gated.gates, gated.gated = gates, frozenset(range(1, num_layers))
             loss = language_model_loss(gated.logits(tokens), tokens)
             optimizer.zero_grad()
-            (loss + 1e-3 * gates.abs().sum()).backward()  # type: ignore[no-untyped-call]
+            (loss + 1e-3 * gates.abs().sum()).backward()
             optimizer.step()
 
     seconds = _medians({"frozen model": frozen, "gates": gate_step}, repeats, device)
@@ -155,7 +157,7 @@ def measure_stage_2(
     def plain(loss_of: Callable[[Tensor], Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(model(input_ids=tokens, use_cache=False).logits)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
 

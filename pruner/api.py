@@ -230,7 +230,12 @@ def evaluate(
     from trsp.pruner.evaluation import evaluate_perplexity
     from trsp.pruner.pipeline import resolve_device
 
-    dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes: dict[str, str | torch.dtype] = {
+        "auto": "auto",
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     if dtype not in dtypes:
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(dtypes)}")
     if not data:

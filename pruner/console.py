@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,14 +16,11 @@ from typer.core import TyperGroup
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.progress import Progress, silent
 
-if TYPE_CHECKING:
-    import click
-
 
 class ErrorsAsExitCodes(TyperGroup):
     """Every command: a user's mistake exits 2, a failed run 1, a signal 128 + its number."""
 
-    def invoke(self, ctx: "click.Context") -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (UserError, RunError, Interrupted) as error:

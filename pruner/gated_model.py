@@ -26,6 +26,8 @@ from trsp.pruner.losses import language_model_loss
 
 GateKind = Literal["residual", "output"]
 Norm = Literal["l1", "l2", "l2_squared"]
+# Gated output, ||y - x||, ||x||.
+LayerResult = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,21 @@ class GatedModel:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index in self.skipped:
                 return hidden_states
-            call = self._call_layer
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The reentrant kind drops the penalty's gradient without a word.
-                z, n, r = checkpoint(
-                    call, index, original, hidden_states, *args, use_reentrant=False, **kwargs
+                result: LayerResult = checkpoint(
+                    self._call_layer,
+                    index,
+                    original,
+                    hidden_states,
+                    *args,
+                    use_reentrant=False,
+                    **kwargs,
                 )
             else:
-                z, n, r = call(index, original, hidden_states, *args, **kwargs)
-            if n is not None:
+                result = self._call_layer(index, original, hidden_states, *args, **kwargs)
+            z, n, r = result
+            if n is not None and r is not None:
                 self.differences[index] = LayerDifference(n, r)
             return z
 
@@ -171,7 +179,7 @@ class GatedModel:
         x: Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> LayerResult:
         y: Tensor = original(x, *args, **kwargs)
         measured = index in self.measured
         if index not in self.gated and not measured:

@@ -39,6 +39,7 @@ from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.selection import check_target, select_layers
 from trsp.pruner.signals import stopping_on_signals
 from trsp.pruner.transfer import TransferState, transfer
+from trsp.pruner.vllm_process import require_vllm
 
 REPORT_NAME = "trsp_report.json"
 
@@ -185,7 +186,8 @@ class Run:
         record = {**result.to_document(), "cost": self.costs["transfer"]}
         self.folder.write_record("transfer_record", record)
         with publish_folder(self.folder.transferred) as folder:
-            model.to(checkpoint_dtype(self.checkpoint)).save_pretrained(folder)
+            torch.nn.Module.to(model, checkpoint_dtype(self.checkpoint))
+            model.save_pretrained(folder)
             copy_companions(self.checkpoint, folder)
         self.folder.drop_transfer_state()
         return record
@@ -231,6 +233,8 @@ def prune(
         is as it was before.   Interrupted: a signal; `resume` goes on.
     """
     refuse_existing(out, overwrite=overwrite)
+    if vllm == "required":
+        require_vllm()
     with run_lock(out), stopping_on_signals() as check:
         run = Run(
             model, recipe, RunFolder.of(out), trust_remote_code, _checked(progress, check), check

@@ -51,7 +51,7 @@ class LoraRecipe(_Section):
     """Low-rank transfer instead of full-parameter (peft)."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
 
 
 class TransferRecipe(_Section):
@@ -175,8 +175,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        merged[key] = _merge(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            merged[key] = _merge(inner, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -233,7 +233,7 @@ def _train_gates(
         loss = language_model_loss(gated.logits(batch), batch)
         penalty = lambda1 * gates[chosen].abs().sum()
         optimizer.zero_grad()
-        (loss + penalty).backward()  # type: ignore[no-untyped-call]
+        (loss + penalty).backward()
         losses.append(loss.item())
         penalties.append(penalty.item())
         require_finite(losses[-1] + penalties[-1], "the stage 1 loss", step, sequences)

@@ -186,7 +186,7 @@ class TransferLoop:
         for start in range(0, recipe.batch_size, micro):
             part = sequences[start : start + micro]
             terms = self._forward(part, lambda2)
-            (terms["loss"] / num_micro).backward()  # type: ignore[no-untyped-call]
+            (terms["loss"] / num_micro).backward()
             for name, value in terms.items():
                 record[name] += float(value.detach()) / num_micro
             require_finite(record["loss"], "the stage 2 loss", step, part)

@@ -76,7 +76,9 @@ def test_prune_publishes_a_proven_plain_checkpoint(
     assert layer_map.calibration is not None
     assert layer_map.calibration["num_sequences"] == 8
     assert json.loads((out / "trsp_report.json").read_text())["proof"] == report["proof"]
-    assert {"recipe.yaml", "README.md", "manifest.json", "tokenizer.json"} <= set(os.listdir(out))
+    assert {"recipe.yaml", "README.md", "manifest.json", "tokenizer.json"} <= {
+        path.name for path in out.iterdir()
+    }
     assert set(report["evaluation"]) == {"dense", "pruned"}
     assert report["verdict"] in (out / "README.md").read_text().replace("Perplexity", "perplexity")
     assert report["transfer"]["jump_at_deletion"] == 0.0
