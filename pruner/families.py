@@ -60,7 +60,7 @@ def first_tensor(output: Any) -> Any:
 def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
     """Each decoder layer's residual branches; None where the layer is not x + a + m.
 
-    Runs one forward pass on eight tokens with the model in eval mode. Raises UserError when a
+    Runs one forward pass on at most eight tokens with the model in eval mode. Raises UserError when a
     layer returns anything but one tensor.
     """
     layers = decoder_layers(model)
@@ -94,8 +94,9 @@ def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
 
     for index in range(len(layers)):
         watch_layer(index)
-    vocabulary = int(text_config(model).vocab_size)
-    tokens = torch.arange(3, 11, device=model.device).remainder(vocabulary).unsqueeze(0)
+    config = text_config(model)
+    length = min(8, getattr(config, "max_position_embeddings", 8))
+    tokens = torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
     was_training = model.training
     try:
         model.eval()

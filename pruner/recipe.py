@@ -61,7 +61,7 @@ class TransferRecipe(_Section):
     steps: int = Field(64, ge=1)
     batch_size: int = Field(4, ge=1, description="sequences an optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
-    learning_rate: float | None = Field(None, gt=0, description="None: 0.04 / hidden size")
+    learning_rate: float | None = Field(None, gt=0, description="None: 0.1 / hidden size")
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -73,7 +73,7 @@ class TransferRecipe(_Section):
     norm_units: Literal["relative", "absolute"] = "relative"
     ramp_fraction: float = Field(0.0, ge=0, le=1, description="lambda2 grows from 0 over this part")
     anneal: Literal["linear", "none"] = "linear"
-    anneal_fraction: float = Field(0.5, gt=0, le=1)
+    anneal_fraction: float = Field(0.25, gt=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_activations: bool = False
     lora: LoraRecipe | None = None

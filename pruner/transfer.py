@@ -124,12 +124,12 @@ def anneal_gate(recipe: TransferRecipe, step: int) -> float:
 def learning_rate(recipe: TransferRecipe, hidden_size: int, step: int) -> float:
     """Warm-up, then a cosine to a tenth.
 
-    The default peak is 0.04 / hidden size: 3e-4 at 128, 1e-5 at 4096 (Adam's rate scales with the
+    The default peak is 0.1 / hidden size: 8e-4 at 128, 2.4e-5 at 4096 (Adam's rate scales with the
     inverse of the width: muP, arXiv 2203.03466); ten times that for LoRA.
     """
     peak = recipe.learning_rate
     if peak is None:
-        peak = 0.04 / hidden_size * (10 if recipe.lora is not None else 1)
+        peak = 0.1 / hidden_size * (10 if recipe.lora is not None else 1)
     warmup = recipe.warmup_fraction * recipe.steps
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

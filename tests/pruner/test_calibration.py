@@ -244,5 +244,7 @@ def test_blocks_hold_all_the_text_in_order_and_are_bounded(
     pieces = [piece for block in blocks for piece in block.pieces]
     joined = "".join(piece.text + ("|" if piece.ends_document else "") for piece in pieces)
     assert joined == "".join(f"{text}|" for text in documents)
+    # A document is one piece of a block, so that no word is tokenized in two.
+    assert all(piece.ends_document for block in blocks for piece in block.pieces[:-1])
     assert [block.number for block in blocks] == list(range(len(blocks)))
     assert all(0 < sum(len(p.text) for p in block.pieces) <= block_chars for block in blocks[:-1])

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -225,9 +227,14 @@ def test_config_and_weights_with_other_numbers_of_layers_are_refused(
         open_checkpoint(model)
 
 
-def test_a_layer_missing_in_the_middle_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, [f"h.{n}.a" for n in (0, 1, 3)], {"n_layer": 3})
-    with pytest.raises(UserError, match=r"h.\* holds 3 \(0-1, 3\)"):
+@pytest.mark.parametrize(
+    ("layers", "text"), [((0, 1, 3), r"holds 3 \(0-1, 3\)"), ((0, 2), r"holds 2 \(0, 2\)")]
+)
+def test_a_layer_missing_in_the_middle_is_refused(
+    tmp_path: Path, layers: tuple[int, ...], text: str
+) -> None:
+    write_checkpoint(tmp_path, [f"h.{n}.a" for n in layers], {"n_layer": 3})
+    with pytest.raises(UserError, match=text):
         open_checkpoint(tmp_path)
 
 
@@ -409,6 +416,14 @@ def test_pickled_weights_beside_safetensors_are_never_opened(model: Path, tmp_pa
     assert not (tmp_path / "sung").exists()
 
 
+def test_pickled_weights_that_take_the_place_of_safetensors_are_not_loaded(single: Path) -> None:
+    checkpoint = open_checkpoint(single)
+    torch.save(load_file(single / "model.safetensors"), single / "pytorch_model.bin")
+    (single / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"transformers cannot load it: .*model.safetensors"):
+        load_model(checkpoint)
+
+
 # Paths
 
 
@@ -430,9 +445,7 @@ def test_an_index_that_names_a_path_is_refused(model: Path, name: str) -> None:
     index = json.loads((model / INDEX_NAME).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     (model / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(
-        UserError, match=r"is not (the name of a file|a safetensors file)"
-    ):
+    with pytest.raises(UserError, match=r"is not (the name of a file|a safetensors file)"):
         open_checkpoint(model)
 
 
@@ -628,6 +641,27 @@ def test_load_model_is_offline_and_gives_the_weights_on_disk(
     assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
     assert load_model(checkpoint, dtype="bfloat16").dtype == torch.bfloat16
     assert load_model(checkpoint, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_transformers_is_told_to_stay_local_and_whom_to_trust(
+    pico: Path, monkeypatch: pytest.MonkeyPatch, trust_remote_code: bool
+) -> None:
+    told: list[dict[str, Any]] = []
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+        load = loader.from_pretrained
+
+        def recorded(*args: Any, load: Any = load, **options: Any) -> Any:
+            told.append(options)
+            return load(*args, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", recorded)
+    checkpoint = open_checkpoint(pico)
+    load_model(checkpoint, trust_remote_code=trust_remote_code)
+    load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    assert len(told) == 2
+    assert all(options["local_files_only"] is True for options in told)
+    assert all(options["trust_remote_code"] is trust_remote_code for options in told)
 
 
 def test_load_model_fills_in_nothing(single: Path) -> None:

@@ -1,6 +1,7 @@
 """What is written is seen whole or not at all, whatever strikes."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -426,6 +427,26 @@ def test_a_second_thread_is_refused_and_the_same_one_may_enter_again(tmp_path: P
     assert names_in(tmp_path) == ["model"]
 
 
+def test_a_lock_on_a_file_that_its_last_holder_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.lock"
+    flock = fcntl.flock
+    opened: list[int] = []
+
+    def removed_before_the_first(descriptor: int, operation: int) -> None:
+        if not opened:
+            path.unlink()
+        opened.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before_the_first)
+    with durable.run_lock(tmp_path / "model"):
+        assert len(opened) == 2
+        assert path.read_text() == str(os.getpid())
+    assert names_in(tmp_path) == []
+
+
 def test_a_killed_holder_does_not_block_the_next_run(tmp_path: Path, run_killed: RunKilled) -> None:
     def hold_and_die() -> None:
         with durable.run_lock(tmp_path / "model"):
@@ -479,6 +500,9 @@ def test_any_changed_file_is_found_and_named(published: Path, data: st.DataObjec
         with pytest.raises(UserError) as caught:
             durable.verify_manifest(published)
         assert str(caught.value).startswith(f"{file}:")
+        assert (f"has {len(changed)} bytes where" in str(caught.value)) == (
+            kind in ("truncate", "append")
+        )
     finally:
         file.write_bytes(original)
     durable.verify_manifest(published)

@@ -67,7 +67,7 @@ def test_without_a_penalty_they_do_not(model: PreTrainedModel, tokens: Tensor) -
 
 
 def test_annealing_makes_deletion_lossless(model: PreTrainedModel, tokens: Tensor) -> None:
-    result = run(model, tokens)
+    result = run(model, tokens, anneal_fraction=0.5)
     assert result.loss_before_deletion == result.loss_after_deletion
     assert set(result.residual_difference.values()) == {0.0}
     assert all(value > 0 for value in result.branch_difference.values())
@@ -87,7 +87,7 @@ def test_the_gate_falls_to_exactly_zero() -> None:
 def test_the_learning_rate_warms_up_and_falls() -> None:
     recipe = TransferRecipe(steps=100)
     rates = [learning_rate(recipe, 128, step) for step in range(100)]
-    assert max(rates) == pytest.approx(0.04 / 128, rel=0.02)
+    assert max(rates) == pytest.approx(0.1 / 128, rel=0.02)
     assert rates[0] < rates[5] < max(rates)
     assert rates[-1] == pytest.approx(0.1 * max(rates), rel=0.05)
     with_lora = TransferRecipe(steps=100, lora=LoraRecipe())
