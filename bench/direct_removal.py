@@ -22,10 +22,10 @@ from trsp.pruner.console import progress_bars
 from trsp.pruner.progress import Progress, silent
 
 ROWS = {
-    "dense": "dense model",
-    "block_influence": "block influence, removed directly",
-    "selection": "TRSP selection, removed directly",
-    "trsp": "TRSP: selection + transfer",
+    "dense": "dense",
+    "block_influence": "block influence, direct",
+    "selection": "TRSP selection, direct",
+    "trsp": "TRSP",
 }
 
 
@@ -123,10 +123,10 @@ def _device(name: str) -> str:
 def comparison_table(record: dict[str, Any]) -> Table:
     """The comparison as a table: a row a model, a column a text."""
     names = list(record["rows"]["dense"]["perplexity"])
-    table = Table(title=f"{record['ratio']:.0%} of the layers removed; lower perplexity is better")
+    table = Table(title=f"perplexity with {record['ratio']:.0%} of the layers removed")
     table.add_column("model")
     for name in names:
-        table.add_column(f"perplexity, {name}", justify="right")
+        table.add_column(name, justify="right")
     table.add_column("layers dropped")
     for row in record["rows"].values():
         cells = [f"{row['perplexity'][name]['perplexity']:.2f}" for name in names]

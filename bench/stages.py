@@ -7,6 +7,7 @@ the ratio of their medians is reported, because a shared CPU is noisy.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -41,12 +42,12 @@ PEAK_BAR_BYTES = 300 * 10**6
 HELP_BAR_SECONDS = 0.5
 
 _COMPACT = """
-import resource, sys, time
+import json, sys
 from trsp.pruner.api import compact
-started = time.perf_counter()
-compact(sys.argv[1], sys.argv[2], sys.argv[3])
-seconds = time.perf_counter() - started
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+from trsp.pruner.cost import StageCost
+with StageCost() as cost:
+    compact(sys.argv[1], sys.argv[2], sys.argv[3])
+print(json.dumps(cost.to_document()))
 """
 
 
@@ -112,7 +113,7 @@ def measure_stage_1(
 
     def gate_step() -> None:
         with gated:
-            gated.gates, gated.gated = gates, frozenset(range(1, num_layers))
+            gated.gates, gated.gated = gates, frozenset(range(num_layers))
             loss = language_model_loss(gated.logits(tokens), tokens)
             optimizer.zero_grad()
             (loss + 1e-3 * gates.abs().sum()).backward()
@@ -153,6 +154,7 @@ def measure_stage_2(
     }
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-6, betas=(0.9, 0.95), fused=True)
     sequences = list(range(len(tokens)))
+    half_annealed = round(recipes["trsp"].anneal_fraction * recipes["trsp"].steps / 2)
 
     def plain(loss_of: Callable[[Tensor], Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -179,7 +181,7 @@ def measure_stage_2(
             lambda logits: distillation_loss(logits, teacher.logits(sequences), 1.0)
         ),
         # Half-way through annealing every chosen layer is gated and measured: the dearest step.
-        "trsp": lambda: transfer_step(loops["trsp"], 2500),
+        "trsp": lambda: transfer_step(loops["trsp"], half_annealed),
     }
     seconds = _medians(arms, repeats, device)
     return {
@@ -211,7 +213,7 @@ def measure_compaction(folder: Path, num_layers: int, hidden_size: int) -> dict[
             [sys.executable, "-c", _COMPACT, str(dense), str(layer_map), str(out)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        taken, maxrss = done.stdout.split()
+        cost = json.loads(done.stdout)
         copied = folder / f"copy-{repeat}"
         started = time.perf_counter()
         copied.mkdir()
@@ -222,9 +224,9 @@ def measure_compaction(folder: Path, num_layers: int, hidden_size: int) -> dict[
                 os.fsync(file.fileno())
             written += shard.stat().st_size
         if repeat:
-            seconds["compaction"].append(float(taken))
+            seconds["compaction"].append(cost["seconds"])
             seconds["copy"].append(time.perf_counter() - started)
-            peak = max(peak, int(maxrss))
+            peak = max(peak, cost["peak_bytes"])
         shutil.rmtree(out)
         shutil.rmtree(copied)
     shard_bytes = max(file.stat().st_size for file in dense.glob("*.safetensors"))
