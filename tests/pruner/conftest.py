@@ -62,7 +62,8 @@ def _kill_self_at(nth: int) -> None:
         if event in _CHANGING_EVENTS or (event == "open" and args[2] & _WRITING_FLAGS):
             step()
 
-    os.fsync = counted(os.fsync)
+    # A kill loses nothing that the kernel has been given: the slow part of a sync is left out.
+    os.fsync = counted(lambda descriptor: None)
     os.write = counted(os.write)
     sys.addaudithook(on_event)
 

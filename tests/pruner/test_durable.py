@@ -266,16 +266,23 @@ def test_links_are_not_published(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def published_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("before") / "model"
+    publish(out, OLD_FILES)
+    return out
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_publish_killed_anywhere_shows_a_whole_folder_or_none(
-    tmp_path: Path, run_killed: RunKilled, overwrite: bool
+    tmp_path: Path, published_before: Path, run_killed: RunKilled, overwrite: bool
 ) -> None:
     out = tmp_path / "model"
     seen = []
     for nth in range(1, 200):
         shutil.rmtree(out, ignore_errors=True)
         if overwrite:
-            publish(out, OLD_FILES)
+            shutil.copytree(published_before, out)
         killed = run_killed(lambda: publish(out, NEW_FILES, overwrite=overwrite), nth)
         if out.exists():
             durable.verify_manifest(out)
@@ -293,11 +300,11 @@ def test_publish_killed_anywhere_shows_a_whole_folder_or_none(
 
 
 def test_a_removal_cut_short_never_brings_half_a_folder_back(
-    tmp_path: Path, run_killed: RunKilled
+    tmp_path: Path, published_before: Path, run_killed: RunKilled
 ) -> None:
     out = tmp_path / "model"
     for nth in range(1, 200):
-        publish(out, OLD_FILES)
+        shutil.copytree(published_before, out)
         killed = run_killed(lambda: publish(out, NEW_FILES, overwrite=True), nth)
         if out.exists():
             shutil.rmtree(out)

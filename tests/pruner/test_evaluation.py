@@ -230,12 +230,23 @@ def test_max_tokens_tokenizes_a_part_of_the_text_to_the_same_tokens(
     part = evaluate_perplexity(model, tokenizer, [long], max_tokens=120)
     assert longest < len(TEXT) * 2
     assert part.loss == evaluate_perplexity(model, tokenizer, [path], max_tokens=120).loss
-    spaced = tmp_path / "spaced.txt"
-    spaced.write_text("a" + " " * 20_000 + TEXT * 3, "utf-8")
-    ids = tokenizer(spaced.read_text("utf-8"))["input_ids"]
-    few = evaluate_perplexity(model, tokenizer, [spaced], max_tokens=len(ids) - 5)
-    loss, _ = plain_loop(model, ids[:-5], CONTEXT, CONTEXT)
-    assert few.loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_max_tokens_reads_on_where_a_token_is_many_characters(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    ruled = (("=" * 64 + "\n") * 60) + TEXT
+    tokenizer = train_tokenizer([ruled * 3], 300)
+    ids = tokenizer(ruled)["input_ids"]
+    # The first try takes 16 characters for each of max_tokens + 16.
+    assert len(ruled) > 16 * (200 + 16)
+    assert len(tokenizer(ruled[: 16 * (200 + 16)])["input_ids"]) < 200
+    path = tmp_path / "ruled.txt"
+    path.write_text(ruled, "utf-8")
+    result = evaluate_perplexity(model, tokenizer, [path], max_tokens=200)
+    loss, count = plain_loop(model, ids[:200], CONTEXT, CONTEXT)
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+    assert result.protocol.num_tokens == count
 
 
 def test_half_precision_is_summed_in_double_over_fp32_losses(
