@@ -6,6 +6,7 @@ Python; the model is a toy. What it shows is that every step works and what each
 
 import hashlib
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from trsp.bench.base_model import (
     train_tokenizer,
 )
 from trsp.bench.direct_removal import compare, comparison_table, cost_lines, speed_line
-from trsp.bench.records import write_record
-from trsp.pruner.durable import publish_folder, refuse_existing
+from trsp.bench.record import write_record
+from trsp.pruner.durable import run_lock
 from trsp.pruner.errors import UserError
 from trsp.pruner.progress import Progress, silent
 
@@ -36,6 +37,8 @@ SEQUENCE_LENGTH = 128
 TRAIN_CHARS = 4_000_000
 HELD_OUT_CHARS = 120_000
 RATIO = 0.25
+RECORD_NAME = "demo.json"
+MARKER_NAME = "MADE_BY_TRSP_DEMO"
 # Fixed, because the number of threads changes the order of sums and so the last digits.
 NUM_THREADS = 2
 
@@ -57,17 +60,17 @@ def run_demo(
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    refuse_existing(out, overwrite=overwrite)
     torch.set_num_threads(NUM_THREADS)
-    with publish_folder(out, overwrite=overwrite) as folder:
+    with run_lock(out):
+        _clear(out, overwrite=overwrite)
         train_text, held_out_text = standard_library_text()
-        texts = {"train": folder / "train.txt", "held-out": folder / "held_out.txt"}
+        texts = {"train": out / "train.txt", "held-out": out / "held_out.txt"}
         texts["train"].write_text(train_text, "utf-8")
         texts["held-out"].write_text(held_out_text, "utf-8")
-        _train_dense(folder / "dense", train_text, seed, progress)
+        _train_dense(out / "dense", train_text, seed, progress)
         record = compare(
-            folder / "dense",
-            folder,
+            out / "dense",
+            out,
             data=[texts["train"]],
             eval_data={"held-out": texts["held-out"]},
             ratio=RATIO,
@@ -76,9 +79,20 @@ def run_demo(
             device="cpu",
             progress=progress,
         )
-        record = _relocated(record, folder, out)
-        write_record(folder / "demo.json", record)
+        write_record(out / RECORD_NAME, record)
     return {**record, "out": str(out)}
+
+
+def _clear(out: Path, *, overwrite: bool) -> None:
+    """Make `out`; with `overwrite`, in place of an earlier demo, finished or not."""
+    if out.exists():
+        if not overwrite:
+            raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+        if out.is_symlink() or not (out / MARKER_NAME).is_file():
+            raise UserError(f"{out} is not a folder of the demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARKER_NAME).write_text("Made by trsp demo; --overwrite replaces this folder.\n")
 
 
 def standard_library_text() -> tuple[str, str]:
@@ -139,13 +153,6 @@ def _train_dense(folder: Path, text: str, seed: int, progress: Progress) -> None
     tokenizer.save_pretrained(folder)
 
 
-def _relocated(record: dict[str, Any], before: Path, after: Path) -> dict[str, Any]:
-    """The record with the folder's final name instead of the temporary one."""
-    text = json.dumps(record).replace(json.dumps(str(before))[1:-1], json.dumps(str(after))[1:-1])
-    relocated: dict[str, Any] = json.loads(text)
-    return relocated
-
-
 def show(record: dict[str, Any], *, as_json: bool) -> None:
     """Print the record: one JSON document, or one table and where the files are."""
     if as_json:
@@ -160,7 +167,7 @@ def show(record: dict[str, Any], *, as_json: bool) -> None:
         *cost_lines(record),
         f"proof: {num_checks} checks passed, in {out}/trsp/trsp_report.json",
         f"models: {out}/dense, {out}/trsp, {out}/selection, {out}/block_influence",
-        f"record: {out}/demo.json",
+        f"record: {out}/{RECORD_NAME}",
     ]
     for line in lines:
         console.print(line, highlight=False)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trsp.bench.generation import time_generation
-from trsp.bench.records import write_record
+from trsp.bench.record import write_record
 from trsp.pruner import api
 from trsp.pruner.console import progress_bars
 from trsp.pruner.progress import Progress, silent
@@ -153,9 +153,13 @@ def cost_lines(record: dict[str, Any]) -> list[str]:
     transfer = record["trsp"]["transfer"]
     difference = max(transfer["residual_difference"].values())
     lines.append(
-        f"at deletion: residual difference {difference:.2e}, inside the layers "
-        f"{max(transfer['branch_difference'].values()):.2e}, jump in loss "
-        f"{transfer['jump_at_deletion']:+.4f} nats"
+        f"at deletion: residual difference {difference:.2e}, inside the closed layers "
+        f"{max(transfer['branch_difference'].values()):.2e}"
+    )
+    lines.append(
+        f"calibration loss: {transfer['loss_dense']:.4f} nats dense, "
+        f"{transfer['loss_before_deletion']:.4f} before deletion, "
+        f"{transfer['loss_after_deletion']:.4f} after"
     )
     return lines
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trsp.bench.records import write_record
+from trsp.bench.record import write_record
 from trsp.pruner.checkpoint import open_checkpoint
 from trsp.pruner.distillation import record_teacher
 from trsp.pruner.gated_model import GatedModel
@@ -35,7 +35,8 @@ from trsp.pruner.pipeline import base_model_of
 from trsp.pruner.recipe import TransferRecipe
 from trsp.pruner.transfer import TransferLoop
 
-STEP_BARS = {"stage 1": 1.10, "stage 2": 1.15}
+STAGE_1_STEP_BAR = 1.10
+STAGE_2_STEP_BAR = 1.15
 STATE_BAR = 0.01
 COPY_BAR = 2.0
 PEAK_BAR_BYTES = 300 * 10**6
@@ -263,10 +264,10 @@ def results_table(record: dict[str, Any]) -> Table:
     compaction, start_up = record["compaction"], record["start_up"]
     beyond = compaction["peak_beyond_largest_shard_bytes"]
     rows = [
-        ("stage 1: step, x frozen forward + backward", stage_1["step_ratio"], STEP_BARS["stage 1"]),
+        ("stage 1: step, x frozen forward + backward", stage_1["step_ratio"], STAGE_1_STEP_BAR),
         ("stage 1: state, share of the weights", stage_1["state_share_of_weights"], STATE_BAR),
-        ("stage 2, paper: step, x fine-tuning", stage_2["step_ratio"]["paper"], 1.15),
-        ("stage 2, trsp: step, x distillation", stage_2["step_ratio"]["trsp"], 1.15),
+        ("stage 2, paper: step, x fine-tuning", stage_2["step_ratio"]["paper"], STAGE_2_STEP_BAR),
+        ("stage 2, trsp: step, x distillation", stage_2["step_ratio"]["trsp"], STAGE_2_STEP_BAR),
         ("compaction: time, x copy of what it writes", compaction["time_ratio_to_copy"], COPY_BAR),
         ("compaction: peak beyond a shard, MB", beyond / 1e6, PEAK_BAR_BYTES / 1e6),
         ("trsp --help, s", start_up["help_seconds"], HELP_BAR_SECONDS),

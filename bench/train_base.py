@@ -19,7 +19,7 @@ from trsp.bench.base_model import (
     train_base_model,
     train_tokenizer,
 )
-from trsp.bench.records import write_record
+from trsp.bench.record import write_record
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
 from trsp.pruner.durable import publish_folder, refuse_existing
 from trsp.pruner.progress import Progress, silent

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap, read_layer_map
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe, build_recipe
@@ -38,8 +39,6 @@ def recipe_from(
     Raises:
         UserError: an unknown name, or a value outside its range.
     """
-    if isinstance(recipe, Recipe):
-        return recipe
     flags: dict[str, Any] = {
         "ratio": ratio,
         "layers": layers,
@@ -49,6 +48,10 @@ def recipe_from(
         "calibration": {"data": [str(path) for path in data] or None},
         "evaluation": {"data": [str(path) for path in eval_data] or None},
     }
+    if isinstance(recipe, Recipe):
+        if _given(flags) or settings or preset != "trsp":
+            raise UserError("a Recipe is whole: change it with model_copy, not by further words")
+        return recipe
     return build_recipe(
         file=None if recipe is None else Path(recipe),
         preset=preset,
@@ -101,17 +104,21 @@ def prune(
 def describe(
     model: StrPath,
     *,
+    out: StrPath,
     layer_map: StrPath | None = None,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     **recipe_words: Any,
 ) -> list[str]:
-    """What `prune` would do, one line each; writes nothing."""
+    """What `prune` would do, one line each; writes nothing, refuses what `prune` would."""
     from trsp.pruner import pipeline
 
     return pipeline.describe(
         Path(model),
         recipe_from(**recipe_words),
+        out=Path(out),
         layer_map=None if layer_map is None else Path(layer_map),
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
 
@@ -226,7 +233,6 @@ def evaluate(
         load_tokenizer,
         open_checkpoint,
     )
-    from trsp.pruner.errors import UserError
     from trsp.pruner.evaluation import evaluate_perplexity
     from trsp.pruner.pipeline import resolve_device
 

@@ -136,6 +136,23 @@ def contained_file(folder: Path, name: str) -> Path:
     return path
 
 
+def sample_weights(checkpoint: Checkpoint) -> str:
+    """A sha256 that tells two checkpoints of one shape apart without reading them whole.
+
+    Taken over 64 blocks of 64 KiB, evenly spaced, of each shard; 4 MiB a shard at most.
+    """
+    digest = hashlib.sha256()
+    for name in sorted({entry.shard for entry in checkpoint.tensors.values()}):
+        file = contained_file(checkpoint.path, name)
+        size = file.stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        with file.open("rb") as shard:
+            for block in range(64):
+                shard.seek(block * size // 64)
+                digest.update(shard.read(65536))
+    return digest.hexdigest()
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,

@@ -113,7 +113,12 @@ def prune(
 
     if dry_run:
         lines = api.describe(
-            model, layer_map=layer_map, trust_remote_code=trust_remote_code, **words
+            model,
+            out=out,
+            layer_map=layer_map,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            **words,
         )
         _show({"schema_version": 1, "plan": lines}, as_json, lines)
         return
@@ -149,8 +154,11 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     if report["transfer"]:
         transfer = report["transfer"]
         left = max(transfer["residual_difference"].values())
-        jump = transfer["jump_at_deletion"]
-        lines.append(f"deletion residual difference {left:.2e}, jump in loss {jump:+.4f} nats")
+        lines.append(
+            f"deletion residual difference {left:.2e}, jump in loss "
+            f"{transfer['jump_at_deletion']:+.4f} nats; calibration loss "
+            f"{transfer['loss_dense']:.4f} dense, {transfer['loss_after_deletion']:.4f} after"
+        )
     if report["evaluation"]:
         for label, result in report["evaluation"].items():
             lines.append(f"{label:<8} perplexity {result['perplexity']:.3f}")

@@ -14,16 +14,16 @@ import typer
 from typer.core import TyperGroup
 
 from trsp.pruner.errors import Interrupted, RunError, UserError
-from trsp.pruner.progress import Progress, silent
+from trsp.pruner.progress import Progress
 
 
 class ErrorsAsExitCodes(TyperGroup):
-    """Every command: a user's mistake exits 2, a failed run 1, a signal 128 + its number."""
+    """Every command: a user's mistake exits 2, a failed run or file 1, a signal 128 + n."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (UserError, RunError, Interrupted) as error:
+        except (UserError, RunError, Interrupted, OSError) as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -34,11 +34,8 @@ class ErrorsAsExitCodes(TyperGroup):
 
 
 @contextmanager
-def progress_bars(*, hidden: bool = False) -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
     """One bar per task on stderr, in the order the tasks begin."""
-    if hidden:
-        yield silent
-        return
     # transformers reads this when it is imported; its bars would break into these.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from rich.console import Console

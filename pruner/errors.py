@@ -1,4 +1,4 @@
-"""The two ways a command ends badly: the user's mistake, and a failure of the run."""
+"""The ways a command ends early: the user's mistake, a failure of the run, a signal."""
 
 
 class UserError(ValueError):
@@ -16,8 +16,9 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818 - the field's word for it
-    """A signal asked the run to stop; its state is saved and `--resume` goes on from there."""
+    """A signal asked the run to stop; `run_folder` is what `--resume` goes on from, if anything."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}; the run can be resumed")
+    def __init__(self, signal_number: int, run_folder: object = None) -> None:
+        rest = "nothing is kept" if run_folder is None else f"{run_folder} can be resumed"
+        super().__init__(f"stopped by signal {signal_number}; {rest}")
         self.signal_number = signal_number

@@ -60,8 +60,8 @@ def first_tensor(output: Any) -> Any:
 def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
     """Each decoder layer's residual branches; None where the layer is not x + a + m.
 
-    Runs one forward pass on at most eight tokens with the model in eval mode. Raises UserError when a
-    layer returns anything but one tensor.
+    Runs one forward pass on at most eight tokens with the model in eval mode. Raises UserError
+    when a layer returns anything but one tensor.
     """
     layers = decoder_layers(model)
     inputs: dict[int, Tensor] = {}

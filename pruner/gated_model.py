@@ -37,10 +37,14 @@ class LayerDifference:
     difference: Tensor
     reference: Tensor
 
-    def relative(self) -> Tensor:
-        """Mean over tokens of ||y - x|| / ||x||, a scalar; no gradient through ||x||."""
+    def relative_per_token(self) -> Tensor:
+        """||y - x|| / ||x||, [B, T]; no gradient through ||x||; finite where x is 0."""
         floor = torch.finfo(self.reference.dtype).tiny
-        return (self.difference / self.reference.clamp_min(floor)).mean()
+        return self.difference / self.reference.clamp_min(floor)
+
+    def relative(self) -> Tensor:
+        """Mean over tokens of ||y - x|| / ||x||, a scalar."""
+        return self.relative_per_token().mean()
 
     def absolute(self) -> Tensor:
         """Mean over tokens of ||y - x||, in activation units, a scalar."""
@@ -80,6 +84,7 @@ class GatedModel:
         self.differences: dict[int, LayerDifference] = {}
         self._captured: dict[tuple[int, str], Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._own_forwards: list[Callable[..., Tensor] | None] = []
         self._was_training = model.training
 
     @property
@@ -93,6 +98,7 @@ class GatedModel:
         self.model.eval()
         for index, layer in enumerate(self.layers):
             self._capture_branches(index, layer)
+            self._own_forwards.append(vars(layer).get("forward"))
             layer.forward = self._gated_forward(index, layer.forward)
         return self
 
@@ -106,8 +112,12 @@ class GatedModel:
             handle.remove()
         self._handles.clear()
         self._captured.clear()
-        for layer in self.layers:
-            del layer.forward
+        for layer, forward in zip(self.layers, self._own_forwards, strict=True):
+            if forward is None:
+                del layer.forward
+            else:  # somebody else's patch of this instance, such as accelerate's
+                layer.forward = forward
+        self._own_forwards.clear()
         self.model.train(self._was_training)
 
     @contextmanager

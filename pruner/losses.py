@@ -38,5 +38,6 @@ def require_finite(value: float, what: str, step: int, sequences: list[int]) -> 
     if not math.isfinite(value):
         raise RunError(
             f"{what} is {value} at step {step}, calibration sequences {sequences}: stopped before "
-            "any weight was changed by it; lower the learning rate or look at that text"
+            "any weight was changed by it; look at that text and those weights, or lower the "
+            "learning rate"
         )

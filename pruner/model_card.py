@@ -37,8 +37,11 @@ def model_card(report: dict[str, Any]) -> str:
         )
     transfer = report["transfer"]
     if transfer:
-        jump = transfer["jump_at_deletion"]
-        lines.append(f"- Jump in calibration loss at deletion: {jump:+.4f} nats")
+        lines.append(
+            f"- Calibration loss: {transfer['loss_dense']:.4f} nats dense, "
+            f"{transfer['loss_before_deletion']:.4f} before deletion, "
+            f"{transfer['loss_after_deletion']:.4f} after"
+        )
     if report["command"]:
         lines.append(f"- Command: `{report['command']}`")
     lines += ["", "Recipe: `recipe.yaml`. Layer map: `layer_map.json`. Checksums: `manifest.json`."]

@@ -6,16 +6,17 @@ order, what is skipped because it is done, and what the run finally reports.
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp.pruner.calibration import CalibrationSet, build_calibration
 from trsp.pruner.checkpoint import (
@@ -24,10 +25,18 @@ from trsp.pruner.checkpoint import (
     load_model,
     load_tokenizer,
     open_checkpoint,
+    sample_weights,
 )
 from trsp.pruner.compaction import check_layer_map, compact, copy_companions, plan_compaction
+from trsp.pruner.config_surgery import rewrite_config
 from trsp.pruner.cost import StageCost
-from trsp.pruner.durable import publish_folder, refuse_existing, run_lock
+from trsp.pruner.durable import (
+    publish_folder,
+    refuse_existing,
+    require_free_space,
+    run_lock,
+    sweep_leftovers,
+)
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
 from trsp.pruner.layer_map import BaseModel, LayerMap, read_layer_map, write_layer_map
@@ -38,6 +47,7 @@ from trsp.pruner.recipe import Recipe, recipe_yaml
 from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.selection import check_target, select_layers
 from trsp.pruner.signals import stopping_on_signals
+from trsp.pruner.text_files import read_texts
 from trsp.pruner.transfer import TransferState, transfer
 from trsp.pruner.vllm_process import require_vllm
 
@@ -61,16 +71,17 @@ class Run:
         self.device = resolve_device(self.recipe.device)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage; say what helps when it runs out of memory."""
-        with StageCost(self.device) as cost:
+    def stage(self, name: str, device: str | None = None) -> Iterator[None]:
+        """Measure a stage (of a resumed run: its last leg); say what helps against no memory."""
+        with StageCost(device or self.device) as cost:
             try:
                 yield
             except torch.OutOfMemoryError as error:
                 raise RunError(
                     f"out of memory in {name}: go on with --resume --set "
-                    "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true "
-                    "(in selection: start anew with a smaller selection.batch_size)"
+                    "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true; "
+                    "where 16 bytes a parameter do not fit, start anew with --set "
+                    "transfer.lora.rank=16 (in selection: a smaller selection.batch_size)"
                 ) from error
         self.costs[name] = cost.to_document()
 
@@ -92,7 +103,13 @@ class Run:
         recipe = self.recipe.calibration
         if not recipe.data:
             return None
-        length = recipe.sequence_length or min(2048, context_length(self.checkpoint))
+        context = context_length(self.checkpoint)
+        length = recipe.sequence_length or min(2048, context)
+        if length > context:
+            raise UserError(
+                f"calibration.sequence_length {length} is longer than the model's context, "
+                f"{context} tokens"
+            )
         return build_calibration(
             recipe.data,
             self.tokenizer(),
@@ -107,13 +124,31 @@ class Run:
         return base_model_of(self.checkpoint)
 
     def check_target(self) -> None:
-        """Refuse a number of layers that cannot be removed, before anything is written."""
+        """Refuse what could only be refused after stage 1: the number of layers, the config."""
         num_layers = self.checkpoint.num_hidden_layers
-        check_target(
-            num_layers,
-            self.recipe.num_to_remove(num_layers),
-            self.recipe.protected_layers(num_layers),
-        )
+        count = self.recipe.num_to_remove(num_layers)
+        protected = self.recipe.protected_layers(num_layers)
+        check_target(num_layers, count, protected)
+        removable = [layer for layer in range(num_layers) if layer not in protected]
+        trial = sorted(set(range(num_layers)) - set(removable[:count]))
+        rewrite_config(dict(self.checkpoint.config), trial)
+
+    def check_evaluation_text(self) -> None:
+        """Read the held-out text once: a mistake in it must not cost the run."""
+        if self.recipe.evaluation.data:
+            field = self.recipe.calibration.text_field
+            for _ in read_texts(self.recipe.evaluation.data, field, progress=self.progress):
+                pass
+
+    def require_disk(self, *, trained: bool) -> None:
+        """Check the space for the output and, with stage 2, its state and its result."""
+        weights = sum(entry.end - entry.begin for entry in self.checkpoint.tensors.values())
+        needed = weights
+        if trained:
+            parameters = sum(math.prod(e.shape) for e in self.checkpoint.tensors.values())
+            full = self.recipe.transfer.lora is None
+            needed += weights + (3 * 4 * parameters if full else 0)
+        require_free_space(self.folder.path, needed)
 
     def select(self, calibration: CalibrationSet) -> LayerMap:
         """Stage 1, from where it stopped; its layer map is in the run folder afterwards."""
@@ -164,6 +199,7 @@ class Run:
     def transfer(self, layer_map: LayerMap, calibration: CalibrationSet) -> dict[str, Any]:
         """Stage 2, from where it stopped; the moved weights are in the run folder afterwards."""
         if self.folder.is_transferred():
+            self.folder.drop_transfer_state()
             record = self.folder.read_record("transfer_record")
             assert record is not None, "the record is written before the weights are published"
             self.costs["transfer"] = record["cost"]
@@ -181,13 +217,18 @@ class Run:
                 seed=self.recipe.seed,
                 state=self.folder.transfer_state(),
                 on_step=saver,
+                on_failure=lambda snapshot: self.folder.save_transfer_state(snapshot()),
                 progress=self.progress,
             )
         record = {**result.to_document(), "cost": self.costs["transfer"]}
         self.folder.write_record("transfer_record", record)
         with publish_folder(self.folder.transferred) as folder:
             torch.nn.Module.to(model, checkpoint_dtype(self.checkpoint))
+            # The checkpoint's own file is copied as it is; transformers refuses to write some
+            # that it reads (temperature without do_sample).
+            model.generation_config = GenerationConfig()
             model.save_pretrained(folder)
+            (folder / "generation_config.json").unlink(missing_ok=True)
             copy_companions(self.checkpoint, folder)
         self.folder.drop_transfer_state()
         return record
@@ -232,32 +273,70 @@ def prune(
         UserError: what was asked cannot be done.   RunError: the run or its proof failed; `out`
         is as it was before.   Interrupted: a signal; `resume` goes on.
     """
-    refuse_existing(out, overwrite=overwrite)
     if vllm == "required":
         require_vllm()
     with run_lock(out), stopping_on_signals() as check:
+        sweep_leftovers(out)
+        refuse_existing(out, overwrite=overwrite)
         run = Run(
             model, recipe, RunFolder.of(out), trust_remote_code, _checked(progress, check), check
         )
+        _keep_inputs_safe(run, out, layer_map)
         given = _given_map(run, layer_map)
+        if given is None:
+            run.check_target()
         calibration = run.calibration()
         if given is None and calibration is None:
             raise UserError(
                 "nothing says which layers go: give text to learn from (--data), or name the "
                 "layers (--keep, --map)"
             )
-        if given is None:
-            run.check_target()
+        run.check_evaluation_text()
+        run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
-        if given is None:
-            assert calibration is not None
-            given = run.select(calibration)
-        else:
-            write_layer_map(given, run.folder.layer_map)
-        record = None
-        if calibration is not None and recipe.transfer.enabled:
-            record = run.transfer(given, calibration)
-        return _publish(run, given, record, out, overwrite, vllm, command)
+        try:
+            report = _run_stages(run, given, calibration, out, overwrite, vllm, command)
+        except Interrupted as stop:
+            raise Interrupted(stop.signal_number, run.folder.path) from stop
+        if calibration is None:
+            run.folder.remove()
+        return report
+
+
+def _run_stages(
+    run: Run,
+    given: LayerMap | None,
+    calibration: CalibrationSet | None,
+    out: Path,
+    overwrite: bool,
+    vllm: VllmCheck,
+    command: str,
+) -> dict[str, Any]:
+    if given is None:
+        assert calibration is not None, "layers are named where there is no text"
+        given = run.select(calibration)
+    elif calibration is not None:
+        given = replace(given, calibration=calibration.as_record())
+    record = None
+    if calibration is not None and run.recipe.transfer.enabled:
+        record = run.transfer(given, calibration)
+    return _publish(run, given, record, out, overwrite, vllm, command)
+
+
+def _keep_inputs_safe(run: Run, out: Path, layer_map: Path | None) -> None:
+    """Refuse outputs that hold an input, or lie in the model: replacing them would delete it."""
+    recipe = run.recipe
+    inputs = [run.model, *map(Path, (*recipe.calibration.data, *recipe.evaluation.data))]
+    if layer_map is not None:
+        inputs.append(layer_map)
+    for output in (out.resolve(), run.folder.path.resolve()):
+        for path in inputs:
+            if path.resolve().is_relative_to(output):
+                raise UserError(
+                    f"{path} is or lies in {output}, which is written; choose another --out"
+                )
+        if output.is_relative_to(run.model.resolve()):
+            raise UserError(f"{output} lies in the model {run.model}; choose another --out")
 
 
 def plan(
@@ -271,6 +350,10 @@ def plan(
     progress: Progress = silent,
 ) -> LayerMap:
     """Stage 1 only: learn which layers go and write their layer map to the file `out`."""
+    if recipe.keep is not None:
+        raise UserError("keep names the layers already; there is nothing to plan")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name the layer map to write (--out layer_map.json)")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another file or pass --overwrite")
     if not out.parent.is_dir():
@@ -279,26 +362,43 @@ def plan(
         run = Run(
             model, recipe, RunFolder.of(out), trust_remote_code, _checked(progress, check), check
         )
+        _keep_inputs_safe(run, out, None)
+        run.check_target()
         calibration = run.calibration()
         if calibration is None:
             raise UserError("stage 1 learns from text: give it with --data")
-        run.check_target()
         run.folder.begin(_identity(run, None, calibration), resume=resume, overwrite=overwrite)
-        layer_map = run.select(calibration)
+        try:
+            layer_map = run.select(calibration)
+        except Interrupted as stop:
+            raise Interrupted(stop.signal_number, run.folder.path) from stop
         write_layer_map(layer_map, out)
         run.folder.remove()
         return layer_map
 
 
 def describe(
-    model: Path, recipe: Recipe, *, layer_map: Path | None, trust_remote_code: bool
+    model: Path,
+    recipe: Recipe,
+    *,
+    out: Path,
+    layer_map: Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[str]:
-    """What `prune` would do, one line each; reads headers and calibration text, writes nothing."""
-    run = Run(model, recipe, RunFolder(Path()), trust_remote_code)
+    """What `prune` would do, one line each; reads headers and text, writes nothing.
+
+    Raises:
+        UserError: what `prune` would refuse before it begins.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    run = Run(model, recipe, RunFolder.of(out), trust_remote_code)
+    _keep_inputs_safe(run, out, layer_map)
     checkpoint, num_layers = run.checkpoint, run.checkpoint.num_hidden_layers
     lines = [f"model      {model}: {num_layers} layers"]
     given = _given_map(run, layer_map)
     calibration = run.calibration()
+    run.check_evaluation_text()
     if calibration is not None:
         num_sequences, length = calibration.input_ids.shape
         lines.append(f"text       {num_sequences} sequences of {length} tokens")
@@ -325,8 +425,10 @@ def describe(
 
 def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
     """The layer map the user names, by file or by the layers to keep."""
-    if layer_map is not None and run.recipe.keep is not None:
-        raise UserError("--map and --keep both name the layers; choose one")
+    recipe = run.recipe
+    targets = (recipe.keep, recipe.ratio, recipe.layers)
+    if layer_map is not None and any(target is not None for target in targets):
+        raise UserError("--map says which layers go; leave out --keep, --ratio and --layers")
     if layer_map is not None:
         given = read_layer_map(layer_map)
         check_layer_map(run.checkpoint, given)
@@ -341,16 +443,18 @@ def _identity(
     run: Run, given: LayerMap | None, calibration: CalibrationSet | None
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed; not how its steps are laid out in memory."""
-    layout = {"device": True, "state_every_seconds": True}
-    stage_2_layout = {"micro_batch_size": True, "checkpoint_activations": True}
+    document = run.recipe.model_dump(mode="json")
+    for name in ("micro_batch_size", "checkpoint_activations"):
+        document["transfer"].pop(name)
     return {
         "schema_version": 1,
-        "recipe": run.recipe.model_dump(
-            mode="json", exclude={**layout, "transfer": stage_2_layout}
-        ),
-        "checkpoint": run.checkpoint.fingerprint,
+        "model": sample_weights(run.checkpoint),
         "calibration": None if calibration is None else calibration.sha256,
         "layer map": None if given is None else list(given.removal_order),
+        "target": [document["ratio"], document["layers"], document["keep"]],
+        "seed": document["seed"],
+        "selection": document["selection"],
+        "transfer": document["transfer"],
     }
 
 
@@ -389,7 +493,10 @@ def _publish(
     if run.recipe.evaluation.data:
         report["evaluation"] = {"dense": _evaluate(run, run.model, "dense")}
 
+    compaction = ExitStack()
+
     def prove_and_describe(folder: Path) -> None:
+        compaction.close()
         with run.stage("proof"):
             proof = prove(
                 folder,
@@ -407,7 +514,8 @@ def _publish(
         (folder / "README.md").write_text(model_card(report), "utf-8")
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
-    with StageCost() as cost:
+    compaction.enter_context(run.stage("compaction", device="cpu"))
+    with compaction:
         compact(
             checkpoint,
             layer_map,
@@ -417,31 +525,31 @@ def _publish(
             prove=prove_and_describe,
             progress=run.progress,
         )
-    run.costs["publishing"] = cost.to_document()
     return report
 
 
 def _evaluate(run: Run, folder: Path, label: str) -> dict[str, Any]:
     recipe = run.recipe.evaluation
     checkpoint = open_checkpoint(folder, trust_remote_code=run.trust_remote_code)
-    model = load_model(checkpoint, device=run.device, trust_remote_code=run.trust_remote_code)
-    result = evaluate_perplexity(
-        model,
-        run.tokenizer(),
-        recipe.data,
-        window=recipe.window,
-        stride=recipe.stride,
-        max_tokens=recipe.max_tokens,
-        text_field=run.recipe.calibration.text_field,
-        progress=lambda task, done, total: run.progress(f"evaluating, {label}", done, total),
-    )
-    del model
-    _free_memory()
+    with run.stage(f"evaluation, {label}"):
+        model = load_model(checkpoint, device=run.device, trust_remote_code=run.trust_remote_code)
+        result = evaluate_perplexity(
+            model,
+            run.tokenizer(),
+            recipe.data,
+            window=recipe.window,
+            stride=recipe.stride,
+            max_tokens=recipe.max_tokens,
+            text_field=run.recipe.calibration.text_field,
+            progress=lambda task, done, total: run.progress(f"evaluating, {label}", done, total),
+        )
+        del model
+        _free_memory()
     return result.to_document()
 
 
 def _checked(progress: Progress, check: Callable[[], None]) -> Progress:
-    """Progress that also stops at a signal; stage 2 has saved its state by then."""
+    """Progress that also stops at a signal: nothing is lost but the step or round under way."""
 
     def report(task: str, completed: int, total: int) -> None:
         check()

@@ -103,7 +103,7 @@ class Recipe(_Section):
     """One run, from the checkpoint to the proof."""
 
     schema_version: Literal[1] = 1
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     ratio: float | None = Field(None, gt=0, lt=1, description="part of the layers to remove")
     layers: int | None = Field(None, ge=1, description="number of layers to remove")
     keep: tuple[int, ...] | None = Field(None, description="layers to keep: no stage 1")

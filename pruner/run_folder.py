@@ -1,8 +1,8 @@
 """What an unfinished run leaves beside its output, `OUT.run/`, so that `--resume` can go on.
 
-    run.json           what run this is: recipe, checkpoint fingerprint, calibration hash
+    run.json           what run this is: settings, weights, calibration hash
     selection.json     finished rounds of stage 1
-    layer_map.json     the result of stage 1, with selection_record.json
+    layer_map.json     the chosen layers, with selection_record.json
     transfer_state/    weights, optimizer and position within stage 2
     transferred/       the result of stage 2: all layers, weights moved; transfer_record.json
 
@@ -19,7 +19,12 @@ from typing import Any
 import torch
 
 from trsp.pruner.bounded_json import read_json_object
-from trsp.pruner.durable import atomic_write, publish_folder, verify_manifest
+from trsp.pruner.durable import (
+    atomic_write,
+    publish_folder,
+    sweep_leftovers,
+    verify_manifest,
+)
 from trsp.pruner.errors import UserError
 from trsp.pruner.selection import SelectionState
 from trsp.pruner.transfer import TransferState
@@ -53,30 +58,46 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or check that what is there is this run.
 
+        Settings of stage 2 may differ while stage 2 has saved nothing.
+
         Raises:
-            UserError: a run is there and neither `resume` nor `overwrite` is given; or it is
-                another run than the one to be resumed, with the setting that differs.
+            UserError: a run is there and neither `resume` nor `overwrite` is given; it is another
+                run than the one to be resumed, with what differs; or `overwrite` would delete
+                something that is no run of ours.
         """
         if resume:
-            if not (self.path / "run.json").is_file():
-                raise UserError(f"{self.path} holds no unfinished run; start without --resume")
-            before = self._read("run.json")
-            for key, value in identity.items():
-                if before.get(key) != json.loads(json.dumps(value)):
-                    raise UserError(
-                        f"{self.path} is a run with another {key}; resume it with the same "
-                        "settings, or start anew with --overwrite"
-                    )
-            return
-        if self.path.exists():
+            self._check_identity(identity)
+            for name in (self.transferred, self._transfer_state, self.path / "run.json"):
+                sweep_leftovers(name)
+        elif self.path.exists() or self.path.is_symlink():
             if not overwrite:
                 raise UserError(
                     f"{self.path} holds an earlier run; continue it with --resume, or start anew "
                     "with --overwrite"
                 )
+            if self.path.is_symlink() or not (self.path / "run.json").is_file():
+                raise UserError(
+                    f"{self.path} is in the way and is no run of trsp: move it, or choose another "
+                    "--out"
+                )
             shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.write_record("run", identity)
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        if not (self.path / "run.json").is_file():
+            raise UserError(f"{self.path} holds no unfinished run; start without --resume")
+        before = self._read("run.json")
+        for key, value in identity.items():
+            untouched = not (self._transfer_state.exists() or self.transferred.exists())
+            if before.get(key) == json.loads(json.dumps(value)) or (
+                key == "transfer" and untouched
+            ):
+                continue
+            raise UserError(
+                f"{self.path} is a run with another {key}; resume it with the same settings, or "
+                "start anew with --overwrite"
+            )
 
     def write_record(self, name: str, document: dict[str, Any]) -> None:
         """Replace NAME.json by `document`."""

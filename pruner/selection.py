@@ -135,6 +135,8 @@ def _select_by_block_influence(
     progress: Progress,
 ) -> SelectionState:
     scores = block_influence(model, input_ids, batch_size=recipe.batch_size, progress=progress)
+    for layer, score in enumerate(scores):
+        require_finite(score, f"the block influence of layer {layer}", 0, [])
     order = sorted((score, layer) for layer, score in enumerate(scores) if layer not in protected)
     picks = tuple(layer for _, layer in order[:num_to_remove])
     record = {"criterion": "block_influence", "scores": scores, "picks": list(picks)}

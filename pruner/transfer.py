@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp.pruner.distillation import Teacher, record_teacher
+from trsp.pruner.errors import RunError
 from trsp.pruner.families import text_config
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import distillation_loss, language_model_loss, require_finite
@@ -45,12 +46,15 @@ class TransferResult:
         residual_difference: mean ||y - x|| / ||x|| of each chosen layer at the end, at the gate
             it ended with: what deletion takes away. 0 where the gate is 0.
         branch_difference: the same at gate 1: what is left inside the layer.
-        loss_before_deletion, loss_after_deletion: language-model loss on calibration text, nats.
+        loss_dense, loss_before_deletion, loss_after_deletion: language-model loss on calibration
+            text, nats: of the model as it came, as transfer left it, and without the layers. With
+            annealing the last two are the same by construction: the layers are already closed.
     """
 
     steps: tuple[dict[str, float], ...]
     residual_difference: dict[int, float]
     branch_difference: dict[int, float]
+    loss_dense: float
     loss_before_deletion: float
     loss_after_deletion: float
 
@@ -78,6 +82,7 @@ def transfer(
     seed: int,
     state: TransferState | None = None,
     on_step: Callable[[int, Callable[[], TransferState]], None] = lambda step, snapshot: None,
+    on_failure: Callable[[Callable[[], TransferState]], None] = lambda snapshot: None,
     progress: Progress = silent,
 ) -> TransferResult:
     """Train `model` in place until the layers `dropped` can be deleted.
@@ -90,6 +95,7 @@ def transfer(
         state: where an interrupted transfer stopped; `model` must be the dense model again.
         on_step: called after every step with the number of finished steps and a function that
             captures the state; it may raise to stop the run.
+        on_failure: called when a step fails, with a function that captures the last good state.
     Raises:
         RunError: a loss or gradient that is not finite, with its step and batch.
     """
@@ -104,13 +110,20 @@ def transfer(
             model, norm=recipe.norm, checkpoint_activations=recipe.checkpoint_activations
         ) as gated,
     ):
+        sample = input_ids[:NUM_MEASURED_SEQUENCES]
+        with autocast(model, recipe):
+            loss_dense = gated.masked_loss(sample, (), recipe.micro_batch_size or recipe.batch_size)
         loop = TransferLoop(gated, parameters, input_ids, recipe, dropped, teacher, seed)
         records = loop.restore(state) if state is not None else []
         for step in range(len(records), recipe.steps):
-            records.append(loop.step(step))
+            try:
+                records.append(loop.step(step))
+            except RunError:
+                on_failure(lambda: loop.snapshot(records))
+                raise
             on_step(step + 1, lambda: loop.snapshot(records))
             progress("transfer", step + 1, recipe.steps)
-        return _measure_end(gated, input_ids, recipe, dropped, records)
+        return _measure_end(gated, sample, recipe, dropped, records, loss_dense)
 
 
 def anneal_gate(recipe: TransferRecipe, step: int) -> float:
@@ -272,13 +285,13 @@ def _trainable(model: PreTrainedModel, lora: LoraRecipe | None) -> Any:
 @torch.no_grad()
 def _measure_end(
     gated: GatedModel,
-    input_ids: Tensor,
+    sample: Tensor,
     recipe: TransferRecipe,
     dropped: tuple[int, ...],
     records: list[dict[str, float]],
+    loss_dense: float,
 ) -> TransferResult:
     """The residual difference and the jump in loss at deletion, on calibration text."""
-    sample = input_ids[:NUM_MEASURED_SEQUENCES]
     micro = recipe.micro_batch_size or recipe.batch_size
     final_gate = anneal_gate(recipe, recipe.steps - 1)
     gated.skipped, gated.gated, gated.measured = frozenset(), frozenset(), frozenset(dropped)
@@ -290,17 +303,16 @@ def _measure_end(
             loss = language_model_loss(gated.logits(batch), batch)
             before += float(loss) * len(batch) / len(sample)
             for layer, difference in gated.differences.items():
-                norm = (
-                    difference.relative()
-                    if gated.norm != "l2_squared"
-                    else ((difference.difference / difference.reference).sqrt().mean())
-                )
-                branch[layer] += float(norm) * len(batch) / len(sample)
+                moved = difference.relative_per_token()
+                norm = moved.sqrt() if gated.norm == "l2_squared" else moved
+                branch[layer] += float(norm.mean()) * len(batch) / len(sample)
         after = gated.masked_loss(sample, dropped, micro)
+    require_finite(after, "the loss after deletion", recipe.steps, list(range(len(sample))))
     return TransferResult(
         steps=tuple(records),
         residual_difference={layer: final_gate * value for layer, value in branch.items()},
         branch_difference=branch,
+        loss_dense=loss_dense,
         loss_before_deletion=after if final_gate == 0.0 else before,
         loss_after_deletion=after,
     )

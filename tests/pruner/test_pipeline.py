@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trsp.pruner import api
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.layer_map import read_layer_map
 from trsp.pruner.proof import ProofError
+from trsp.pruner.recipe import Recipe
 
 SETTINGS = (
     "calibration.num_sequences=8", "calibration.sequence_length=32",
@@ -82,7 +85,8 @@ def test_prune_publishes_a_proven_plain_checkpoint(
     assert set(report["evaluation"]) == {"dense", "pruned"}
     assert report["verdict"] in (out / "README.md").read_text().replace("Perplexity", "perplexity")
     assert report["transfer"]["jump_at_deletion"] == 0.0
-    assert set(report["costs"]) == {"selection", "transfer", "proof", "publishing"}
+    stages = {"selection", "transfer", "compaction", "proof"}
+    assert set(report["costs"]) == stages | {"evaluation, dense", "evaluation, pruned"}
     assert not list(tmp_path.glob("*.tmp-*")) + list(tmp_path.glob("*.lock"))
     proof = api.verify(out, against=tmp_path / "shallow.run" / "transferred", vllm="off")
     assert proof.passed
@@ -201,7 +205,7 @@ def test_resume_refuses_another_run(
         api.prune(pico_llama, out, resume=True, **words)
     with pytest.raises(Interrupted):
         api.prune(pico_llama, out, progress=Stopper("transfer", 1), **words)
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="another target"):
         api.prune(pico_llama, out, resume=True, **{**words, "layers": 3})
     with pytest.raises(UserError, match="--resume"):
         api.prune(pico_llama, out, **words)
@@ -304,3 +308,118 @@ def test_plan_writes_a_layer_map_that_prune_takes(
         **{**words, "layers": None},
     )  # fmt: skip
     assert weights_digest(out) == whole_run
+
+
+def other_weights(model: Path, folder: Path) -> Path:
+    """A checkpoint of the same shape with other weights."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for tensor in tensors.values():
+        tensor.mul_(1.01)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_the_same_shape(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    with pytest.raises(Interrupted):
+        api.prune(pico_llama, tmp_path / "out", progress=Stopper("transfer", 1), **words)
+    other = other_weights(pico_llama, tmp_path / "other")
+    with pytest.raises(UserError, match="another model"):
+        api.prune(other, tmp_path / "out", resume=True, **words)
+
+
+def test_overwrite_deletes_no_input_and_no_folder_of_the_user(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    digest = weights_digest(model)
+    for out in (model, model / "inside"):
+        with pytest.raises(UserError, match="choose another --out"):
+            api.prune(model, out, overwrite=True, **words)
+    api.prune(model, tmp_path / "first", **words)
+    transferred = tmp_path / "first.run" / "transferred"
+    with pytest.raises(UserError, match="choose another --out"):
+        api.prune(
+            transferred, tmp_path / "first", overwrite=True, vllm="off",
+            layer_map=tmp_path / "first" / "layer_map.json",
+        )  # fmt: skip
+    assert transferred.is_dir()
+    assert weights_digest(model) == digest
+    mine = tmp_path / "second.run"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no run of trsp"):
+        api.prune(model, tmp_path / "second", overwrite=True, keep=[0, 1], vllm="off")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("layer_moods", [1, 2, 3, 4, 5, 6]), ("num_nextn_predict_layers", 1)]
+)
+def test_what_cannot_be_carried_over_is_refused_before_training(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any], field: str, value: Any
+) -> None:
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(UserError, match=field):
+        api.prune(model, tmp_path / "out", **words)
+    with pytest.raises(UserError, match="nowhere.txt"):
+        api.prune(pico_llama, tmp_path / "out", **{**words, "eval_data": ["nowhere.txt"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_generation_config_that_transformers_would_not_write_is_carried(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    generation = json.dumps({"temperature": 0.9, "top_p": 0.6})
+    (model / "generation_config.json").write_text(generation)
+    api.prune(model, tmp_path / "out", **words)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == generation
+
+
+def test_a_failed_step_keeps_the_last_good_state(
+    pico_llama: Path,
+    tmp_path: Path,
+    words: dict[str, Any],
+    whole_run: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trsp.pruner import transfer
+
+    honest = transfer.TransferLoop.step
+
+    def fail_once(loop: Any, step: int) -> Any:
+        if step == 4:
+            raise RunError("the stage 2 loss is nan at step 4")
+        return honest(loop, step)
+
+    monkeypatch.setattr(transfer.TransferLoop, "step", fail_once)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="nan at step 4"):
+        api.prune(pico_llama, out, **words)
+    monkeypatch.undo()
+    seen: list[int] = []
+
+    def watch(task: str, completed: int, total: int) -> None:
+        if task == "transfer":
+            seen.append(completed)
+
+    api.prune(pico_llama, out, resume=True, progress=watch, **words)
+    assert seen == [5, 6]
+    assert weights_digest(out) == whole_run
+
+
+def test_words_that_would_be_ignored_are_refused(pico_llama: Path, tmp_path: Path) -> None:
+    api.prune(pico_llama, tmp_path / "first", keep=[0, 1, 4], vllm="off")
+    assert not (tmp_path / "first.run").exists(), "nothing was trained: nothing to resume"
+    layer_map = tmp_path / "first" / "layer_map.json"
+    with pytest.raises(UserError, match="leave out --keep, --ratio and --layers"):
+        api.prune(pico_llama, tmp_path / "out", layer_map=layer_map, ratio=0.5)
+    with pytest.raises(UserError, match="nothing to plan"):
+        api.plan(pico_llama, tmp_path / "map.json", keep=[0, 1])
+    with pytest.raises(UserError, match="a Recipe is whole"):
+        api.prune(pico_llama, tmp_path / "out", recipe=Recipe(), ratio=0.5)

@@ -72,7 +72,13 @@ def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
     assert list(read_texts([lines, table], "content")) == ["from lines", "from a table"]
 
 
-def test_a_folder_is_read_to_the_bottom_in_order_without_hidden_files(tmp_path: Path) -> None:
+def test_a_folder_is_read_to_the_bottom_in_order_without_hidden_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_in_order = Path.rglob
+    monkeypatch.setattr(
+        Path, "rglob", lambda *arguments: sorted(found_in_order(*arguments), reverse=True)
+    )
     for name in ("b/2.txt", "a.txt", "b/1.txt", ".git/config", "b/.cache.txt"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -187,11 +193,12 @@ def test_missing_paths_and_empty_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_progress_ends_at_the_bytes_of_all_files(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.jsonl"):
-        (tmp_path / name).write_bytes(json_lines(OBJECTS))
+    contents = {"a.txt": b"text", "b.jsonl": CONTENTS[".jsonl"], "c.parquet": CONTENTS[".parquet"]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
     seen: list[tuple[str, int, int]] = []
     list(read_texts([tmp_path], progress=lambda *report: seen.append(report)))
-    total = 2 * len(json_lines(OBJECTS))
+    total = sum(map(len, contents.values()))
     assert {report[0] for report in seen} == {"reading text"}
     assert [report[1] for report in seen] == sorted(report[1] for report in seen)
     assert seen[-1] == ("reading text", total, total)
