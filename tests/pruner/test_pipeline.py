@@ -366,7 +366,7 @@ def test_what_cannot_be_carried_over_is_refused_before_training(
     (model / "config.json").write_text(json.dumps({**config, field: value}))
     with pytest.raises(UserError, match=field):
         api.prune(model, tmp_path / "out", **words)
-    with pytest.raises(UserError, match="nowhere.txt"):
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
         api.prune(pico_llama, tmp_path / "out", **{**words, "eval_data": ["nowhere.txt"]})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
