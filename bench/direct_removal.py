@@ -115,7 +115,7 @@ def compare(
 
 
 def _device(name: str) -> str:
-    from trsp.pruner.pipeline import resolve_device
+    from trsp.pruner.run import resolve_device
 
     return resolve_device(name)
 

@@ -31,8 +31,8 @@ from trsp.pruner.distillation import record_teacher
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.layer_map import LayerMap, write_layer_map
 from trsp.pruner.losses import distillation_loss, language_model_loss
-from trsp.pruner.pipeline import base_model_of
 from trsp.pruner.recipe import TransferRecipe
+from trsp.pruner.run import base_model_of
 from trsp.pruner.transfer import TransferLoop
 
 STAGE_1_STEP_BAR = 1.10

@@ -196,8 +196,8 @@ def verify(
     progress: Progress = silent,
 ) -> "Proof":
     """Prove that `folder` is what its layer map says; `against` the checkpoint it was cut from."""
-    from trsp.pruner.pipeline import resolve_device
     from trsp.pruner.proof import prove
+    from trsp.pruner.run import resolve_device
 
     return prove(
         Path(folder),
@@ -234,7 +234,7 @@ def evaluate(
         open_checkpoint,
     )
     from trsp.pruner.evaluation import evaluate_perplexity
-    from trsp.pruner.pipeline import resolve_device
+    from trsp.pruner.run import resolve_device
 
     dtypes: dict[str, str | torch.dtype] = {
         "auto": "auto",

@@ -1,255 +1,34 @@
 """The data flow, in order and resumable: selection, transfer, compaction, proof, evaluation.
 
 Each stage reads and writes files of the run folder (run_folder.py); this module owns only their
-order, what is skipped because it is done, and what the run finally reports.
+order, what may not be asked for, and what the run finally reports.
 """
 
-import gc
 import json
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from trsp.pruner.calibration import CalibrationSet, build_calibration
-from trsp.pruner.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_model,
-    load_tokenizer,
-    open_checkpoint,
-    sample_weights,
-)
-from trsp.pruner.compaction import check_layer_map, compact, copy_companions, plan_compaction
-from trsp.pruner.config_surgery import rewrite_config
-from trsp.pruner.cost import StageCost
-from trsp.pruner.durable import (
-    publish_folder,
-    refuse_existing,
-    require_free_space,
-    run_lock,
-    sweep_leftovers,
-)
-from trsp.pruner.errors import Interrupted, RunError, UserError
+from trsp.pruner.calibration import CalibrationSet
+from trsp.pruner.checkpoint import load_model, open_checkpoint, sample_weights
+from trsp.pruner.compaction import check_layer_map, compact, plan_compaction
+from trsp.pruner.durable import refuse_existing, run_lock, sweep_leftovers
+from trsp.pruner.errors import Interrupted, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
-from trsp.pruner.layer_map import BaseModel, LayerMap, read_layer_map, write_layer_map
+from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.model_card import model_card, verdict
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.proof import VllmCheck, prove, require
 from trsp.pruner.recipe import Recipe, recipe_yaml
+from trsp.pruner.run import Run, base_model_of, free_memory
 from trsp.pruner.run_folder import RunFolder
-from trsp.pruner.selection import check_target, select_layers
 from trsp.pruner.signals import stopping_on_signals
-from trsp.pruner.text_files import read_texts
-from trsp.pruner.transfer import TransferState, transfer
 from trsp.pruner.vllm_process import require_vllm
 
 REPORT_NAME = "trsp_report.json"
-
-
-@dataclass
-class Run:
-    """One run's inputs and the folder it works in."""
-
-    model: Path
-    recipe: Recipe
-    folder: RunFolder
-    trust_remote_code: bool = False
-    progress: Progress = silent
-    check: Callable[[], None] = lambda: None
-    costs: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.checkpoint = open_checkpoint(self.model, trust_remote_code=self.trust_remote_code)
-        self.device = resolve_device(self.recipe.device)
-
-    @contextmanager
-    def stage(self, name: str, device: str | None = None) -> Iterator[None]:
-        """Measure a stage (of a resumed run: its last leg); say what helps against no memory."""
-        with StageCost(device or self.device) as cost:
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"out of memory in {name}: go on with --resume --set "
-                    "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true; "
-                    "where 16 bytes a parameter do not fit, start anew with --set "
-                    "transfer.lora.rank=16 (in selection: a smaller selection.batch_size)"
-                ) from error
-        self.costs[name] = cost.to_document()
-
-    def load(self, dtype: str = "auto") -> PreTrainedModel:
-        return load_model(
-            self.checkpoint,
-            dtype=torch.float32 if dtype == "fp32" else "auto",
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self.checkpoint, trust_remote_code=self.trust_remote_code)
-        check_tokenizer(self.checkpoint, tokenizer)
-        return tokenizer
-
-    def calibration(self) -> CalibrationSet | None:
-        """The calibration sequences, or None where the recipe names no text."""
-        recipe = self.recipe.calibration
-        if not recipe.data:
-            return None
-        context = context_length(self.checkpoint)
-        length = recipe.sequence_length or min(2048, context)
-        if length > context:
-            raise UserError(
-                f"calibration.sequence_length {length} is longer than the model's context, "
-                f"{context} tokens"
-            )
-        return build_calibration(
-            recipe.data,
-            self.tokenizer(),
-            num_sequences=recipe.num_sequences,
-            sequence_length=length,
-            seed=self.recipe.seed,
-            text_field=recipe.text_field,
-            progress=self.progress,
-        )
-
-    def base_model(self) -> BaseModel:
-        return base_model_of(self.checkpoint)
-
-    def check_target(self) -> None:
-        """Refuse what could only be refused after stage 1: the number of layers, the config."""
-        num_layers = self.checkpoint.num_hidden_layers
-        count = self.recipe.num_to_remove(num_layers)
-        protected = self.recipe.protected_layers(num_layers)
-        check_target(num_layers, count, protected)
-        removable = [layer for layer in range(num_layers) if layer not in protected]
-        trial = sorted(set(range(num_layers)) - set(removable[:count]))
-        rewrite_config(dict(self.checkpoint.config), trial)
-
-    def check_evaluation_text(self) -> None:
-        """Read the held-out text once: a mistake in it must not cost the run."""
-        if self.recipe.evaluation.data:
-            field = self.recipe.calibration.text_field
-            for _ in read_texts(self.recipe.evaluation.data, field, progress=self.progress):
-                pass
-
-    def require_disk(self, *, trained: bool) -> None:
-        """Check the space for the output and, with stage 2, its state and its result."""
-        weights = sum(entry.end - entry.begin for entry in self.checkpoint.tensors.values())
-        needed = weights
-        if trained:
-            parameters = sum(math.prod(e.shape) for e in self.checkpoint.tensors.values())
-            full = self.recipe.transfer.lora is None
-            needed += weights + (3 * 4 * parameters if full else 0)
-        require_free_space(self.folder.path, needed)
-
-    def select(self, calibration: CalibrationSet) -> LayerMap:
-        """Stage 1, from where it stopped; its layer map is in the run folder afterwards."""
-        if self.folder.layer_map.is_file():
-            self.costs["selection"] = (self.folder.read_record("selection_record") or {})["cost"]
-            return read_layer_map(self.folder.layer_map)
-        recipe, num_layers = self.recipe, self.checkpoint.num_hidden_layers
-
-        def after_round(state: Any) -> None:
-            self.folder.write_record("selection", state.to_document())
-            self.check()
-
-        with self.stage("selection"):
-            model = self.load()
-            state = select_layers(
-                model,
-                calibration.input_ids,
-                recipe.selection,
-                num_to_remove=recipe.num_to_remove(num_layers),
-                protected=recipe.protected_layers(num_layers),
-                seed=recipe.seed,
-                state=self.folder.selection_state(),
-                on_round=after_round,
-                progress=self.progress,
-            )
-            del model
-            _free_memory()
-        layer_map = LayerMap.from_removal_order(
-            self.base_model(),
-            state.picks,
-            gates=state.gates,
-            method=self._method(recipe.selection.method),
-            calibration=calibration.as_record(),
-            steps=state.rounds,
-        )
-        self.folder.write_record("selection_record", {"cost": self.costs["selection"]})
-        write_layer_map(layer_map, self.folder.layer_map)
-        return layer_map
-
-    def _method(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "seed": self.recipe.seed,
-            "trsp_version": version("trsp"),
-        }
-
-    def transfer(self, layer_map: LayerMap, calibration: CalibrationSet) -> dict[str, Any]:
-        """Stage 2, from where it stopped; the moved weights are in the run folder afterwards."""
-        if self.folder.is_transferred():
-            self.folder.drop_transfer_state()
-            record = self.folder.read_record("transfer_record")
-            assert record is not None, "the record is written before the weights are published"
-            self.costs["transfer"] = record["cost"]
-            return record
-        recipe = self.recipe.transfer
-        saver = _StateSaver(self.folder, self.recipe.state_every_seconds, self.check)
-        with self.stage("transfer"):
-            model = self.load("auto" if recipe.lora else "fp32")
-            torch.manual_seed(self.recipe.seed)
-            result = transfer(
-                model,
-                calibration.input_ids,
-                recipe,
-                dropped=layer_map.dropped,
-                seed=self.recipe.seed,
-                state=self.folder.transfer_state(),
-                on_step=saver,
-                on_failure=lambda snapshot: self.folder.save_transfer_state(snapshot()),
-                progress=self.progress,
-            )
-        record = {**result.to_document(), "cost": self.costs["transfer"]}
-        self.folder.write_record("transfer_record", record)
-        with publish_folder(self.folder.transferred) as folder:
-            torch.nn.Module.to(model, checkpoint_dtype(self.checkpoint))
-            # The checkpoint's own file is copied as it is; transformers refuses to write some
-            # that it reads (temperature without do_sample).
-            model.generation_config = GenerationConfig()
-            model.save_pretrained(folder)
-            (folder / "generation_config.json").unlink(missing_ok=True)
-            copy_companions(self.checkpoint, folder)
-        self.folder.drop_transfer_state()
-        return record
-
-
-class _StateSaver:
-    """Save the transfer state now and then, and before stopping on a signal."""
-
-    def __init__(self, folder: RunFolder, every_seconds: float, check: Callable[[], None]) -> None:
-        self._folder, self._every, self._check = folder, every_seconds, check
-        self._saved_at = time.monotonic()
-
-    def __call__(self, step: int, snapshot: Callable[[], TransferState]) -> None:
-        try:
-            self._check()
-        except Interrupted:
-            self._folder.save_transfer_state(snapshot())
-            raise
-        if time.monotonic() - self._saved_at >= self._every:
-            self._folder.save_transfer_state(snapshot())
-            self._saved_at = time.monotonic()
 
 
 def prune(
@@ -436,7 +215,7 @@ def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
     if run.recipe.keep is None:
         return None
     run.recipe.num_to_remove(run.checkpoint.num_hidden_layers)
-    return LayerMap.from_keep(run.base_model(), run.recipe.keep, method=run._method("given"))
+    return LayerMap.from_keep(run.base_model(), run.recipe.keep, method=run.method("given"))
 
 
 def _identity(
@@ -544,7 +323,7 @@ def _evaluate(run: Run, folder: Path, label: str) -> dict[str, Any]:
             progress=lambda task, done, total: run.progress(f"evaluating, {label}", done, total),
         )
         del model
-        _free_memory()
+        free_memory()
     return result.to_document()
 
 
@@ -556,53 +335,3 @@ def _checked(progress: Progress, check: Callable[[], None]) -> Progress:
         progress(task, completed, total)
 
     return report
-
-
-def base_model_of(checkpoint: Checkpoint, name: str | None = None) -> BaseModel:
-    """What a layer map says of the checkpoint it is for."""
-    return BaseModel(
-        name=name or checkpoint.path.resolve().name,
-        num_hidden_layers=checkpoint.num_hidden_layers,
-        fingerprint=checkpoint.fingerprint,
-    )
-
-
-def context_length(checkpoint: Checkpoint) -> int:
-    """The most tokens the model takes; UserError when its config does not say."""
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise UserError(
-        f"{checkpoint.path}: config.json states no context length; set calibration.sequence_length"
-    )
-
-
-def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most elements of the checkpoint have."""
-    sizes: dict[str, int] = {}
-    for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.begin
-    name = max(sizes, key=lambda dtype: sizes[dtype])
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if name not in known:
-        raise UserError(
-            f"{checkpoint.path} holds {name} weights; training needs {', '.join(known)}"
-        )
-    return known[name]
-
-
-def resolve_device(name: str) -> str:
-    """`auto` as cuda where there is one; UserError when a named device is not there."""
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if available else "cpu"
-    if name.startswith("cuda") and not available:
-        raise UserError(f"device {name}: torch sees no CUDA device here; use --device cpu")
-    return name
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ from trsp.pruner.durable import (
     sweep_leftovers,
     verify_manifest,
 )
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.selection import SelectionState
 from trsp.pruner.transfer import TransferState
 
@@ -120,7 +120,13 @@ class RunFolder:
             "steps": state.steps,
         }
         with publish_folder(self._transfer_state, overwrite=True) as folder:
-            torch.save(document, folder / "state.pt")
+            try:
+                torch.save(document, folder / "state.pt")
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise RunError(
+                    f"{self._transfer_state}: the state of stage 2 could not be written: {error}; "
+                    "free disk space and go on with --resume"
+                ) from error
 
     def transfer_state(self) -> TransferState | None:
         """Where stage 2 stopped; its manifest is checked first."""

@@ -31,7 +31,7 @@ PRUNER_ROOMS = (
     ("criteria", "distillation", "selection", "transfer"),
     ("compaction", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
-    ("run_folder", "model_card", "pipeline", "api", "cli"),
+    ("run_folder", "run", "model_card", "pipeline", "api", "cli"),
 )
 PRUNER_ORDER = tuple(module for room in PRUNER_ROOMS for module in room)
 # Reading a layer map, and what that needs, must work in a Python without any package.

@@ -285,12 +285,12 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
 def test_out_of_memory_names_the_settings_that_help(
     pico_llama: Path, tmp_path: Path, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trsp.pruner import pipeline
+    from trsp.pruner import run
 
     def explode(*_args: Any, **_options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline, "transfer", explode)
+    monkeypatch.setattr(run, "transfer", explode)
     with pytest.raises(RunError, match=r"micro_batch_size=1.*checkpoint_activations=true"):
         api.prune(pico_llama, tmp_path / "out", **words)
 
