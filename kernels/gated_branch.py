@@ -148,8 +148,8 @@ def gated_branch(
         x_norm    = ||x||                   the same norm, on request, without gradient
 
     At gate 1 z is `(x + attn_out) + mlp_out` bit for bit; a residual gate of 0 returns x bit for
-    bit. d is summed in fp32, so it keeps its bits where y - x would cancel. Both gradients and
-    values are bit-equal on a second run. For training it keeps d, in x's dtype (an output gate
+    bit. d is summed in fp32, so it keeps its bits where y - x would cancel. Values and gradients
+    are bit-equal on a second run. For training it keeps d, in x's dtype (an output gate
     that is trained: x too), and nothing of size [T, D] where neither the gate nor a norm can ask
     for it. Differentiable once.
 

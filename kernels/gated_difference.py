@@ -148,7 +148,7 @@ def gated_difference(
 
     At gate 1 z is y bit for bit; a residual gate of 0 returns x bit for bit. y - x of a 16-bit
     residual stream has lost its bits where the layer moves little: prefer `gated_branch` where
-    the branches can be reached (with a norm the first such call warns). Both gradients and values
+    the branches can be reached (with a norm the first such call warns). Values and gradients
     are bit-equal on a second run. For training it keeps x and y themselves, and neither where
     neither the gate nor a norm can ask for it. Differentiable once.
 

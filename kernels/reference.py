@@ -66,21 +66,18 @@ def gated_branch_backward(
     At least one of dz and norm_grad is given. x is read for an output gate's dgate alone.
     """
     dtype = _compute_dtype(_given(dz, norm_grad))
-    dz_wide = None if dz is None else dz.to(dtype)
-    scaled = None if dz_wide is None else gate.to(dtype) * dz_wide
-    dbranch = dx = dgate = c = None
-    if norm_grad is not None and norm is not None:
-        assert d is not None
-        c = _norm_gradient(d.to(dtype), diff_norm, norm_grad, norm)
-    if branch_dtype is not None:
-        dbranch = _add(scaled, c)
-    if need_dx and dz is not None and scaled is not None:
-        dx = scaled.to(dz.dtype)
+    dz_wide, d_wide = _widen(dz, dtype), _widen(d, dtype)
+    c = _norm_gradient(d_wide, diff_norm, norm_grad, norm)
+    dbranch = dx = dgate = None
+    if branch_dtype is not None or need_dx:
+        scaled = None if dz_wide is None else gate.to(dtype) * dz_wide
+        dbranch = _narrow(_add(scaled, c), branch_dtype)
+        dx = _narrow(scaled, None if dz is None or not need_dx else dz.dtype)
     if need_dgate and dz_wide is not None:
-        assert d is not None
-        moved = d.to(dtype) if x is None else d.to(dtype) + x.to(dtype)
+        assert d_wide is not None
+        moved = d_wide if x is None else d_wide + x.to(dtype)
         dgate = _sum_to_gate(dz_wide * moved, gate)
-    return None if dbranch is None else dbranch.to(branch_dtype), dx, dgate
+    return dbranch, dx, dgate
 
 
 def gated_difference_forward(
@@ -120,32 +117,22 @@ def gated_difference_backward(
     dx is (1 - s) * dz - c and never dz - dy: that would round c away where dz is large.
     """
     grad = _given(dz, norm_grad)
-    dtype = _compute_dtype(grad)
-    grad_dtype = grad.dtype if y is None else y.dtype
+    dtype, grad_dtype = _compute_dtype(grad), grad.dtype if y is None else y.dtype
+    dz_wide, x_wide, y_wide = _widen(dz, dtype), _widen(x, dtype), _widen(y, dtype)
+    d = None if x_wide is None or y_wide is None else y_wide - x_wide
+    c = _norm_gradient(d, diff_norm, norm_grad, norm)
     s = gate.to(dtype)
-    dz_wide = None if dz is None else dz.to(dtype)
-    dx = dy = dgate = c = None
-    if norm_grad is not None and norm is not None:
-        assert x is not None
-        assert y is not None
-        c = _norm_gradient(y.to(dtype) - x.to(dtype), diff_norm, norm_grad, norm)
+    dx = dy = dgate = None
     if need_dx:
         along_x = None if dz_wide is None or gate_kind == "output" else (1 - s) * dz_wide
-        dx = _add(along_x, None if c is None else -c)
+        dx = _narrow(_add(along_x, None if c is None else -c), grad_dtype)
     if need_dy:
-        dy = _add(None if dz_wide is None else s * dz_wide, c)
+        dy = _narrow(_add(None if dz_wide is None else s * dz_wide, c), grad_dtype)
     if need_dgate and dz_wide is not None:
-        assert y is not None
-        moved = y.to(dtype)
-        if gate_kind == "residual":
-            assert x is not None
-            moved = moved - x.to(dtype)
+        moved = y_wide if gate_kind == "output" else d
+        assert moved is not None
         dgate = _sum_to_gate(dz_wide * moved, gate)
-    return (
-        None if dx is None else dx.to(grad_dtype),
-        None if dy is None else dy.to(grad_dtype),
-        dgate,
-    )
+    return dx, dy, dgate
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -153,10 +140,18 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _given(dz: Tensor | None, norm_grad: Tensor | None) -> Tensor:
-    """Either gradient tells the dtype to compute in; backward never runs without both."""
+    """Either gradient tells the dtype to compute in; backward runs with at least one."""
     grad = norm_grad if dz is None else dz
     assert grad is not None
     return grad
+
+
+def _widen(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _narrow(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if tensor is None or dtype is None else tensor.to(dtype)
 
 
 def _add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -183,8 +178,13 @@ def _norm_of(d: Tensor, norm: Norm) -> Tensor:
     return squared.sqrt() if norm == "l2" else squared
 
 
-def _norm_gradient(d: Tensor, diff_norm: Tensor | None, norm_grad: Tensor, norm: Norm) -> Tensor:
+def _norm_gradient(
+    d: Tensor | None, diff_norm: Tensor | None, norm_grad: Tensor | None, norm: Norm | None
+) -> Tensor | None:
     """c, the gradient of the norms' weighted sum to d: finite and 0 where d is 0."""
+    if norm_grad is None:
+        return None
+    assert d is not None
     if norm == "l1":
         return norm_grad.unsqueeze(-1) * d.sign()
     if norm == "l2_squared":

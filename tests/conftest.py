@@ -1,12 +1,30 @@
 """Fixtures shared by all tests: a pico checkpoint with its tokenizer and text, made on the spot."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Triton chooses between compiler and interpreter when it is imported, for the whole process, and
+# other libraries import it too: here, before any test module. The variable is set for that moment
+# only, so child processes do not see it.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        import triton.language as tl
+        import triton.runtime.interpreter
+
+        from trsp.kernels import gated_branch_triton, gated_difference_triton  # noqa: F401
+    if not isinstance(tl.sum, triton.runtime.interpreter.InterpretedFunction):
+        raise pytest.UsageError(
+            "triton was imported before tests/conftest.py could ask it to interpret; "
+            "run pytest without what imports it earlier, or with TRITON_INTERPRET=1"
+        )
 
 SENTENCE = (
     "the layer of a model moves what it reads by a little and the next layer reads it again "
@@ -43,8 +61,6 @@ def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pico_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A trained 6-layer Llama of hidden size 64 with its tokenizer; read only."""
-    import torch
-
     from trsp.bench.base_model import (
         base_config,
         encode_documents,

@@ -1,9 +1,4 @@
-"""Kernels without a GPU: they run under Triton's interpreter; with one, natively on it.
-
-Triton chooses when it is imported, for the whole process. It is imported here with
-TRITON_INTERPRET set for that moment only, so the environment that other tests and their child
-processes see is untouched.
-"""
+"""Kernels without a GPU run under Triton's interpreter (tests/conftest.py); with one, on it."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,19 +10,6 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = HAS_TRITON and not torch.cuda.is_available()
-
-if INTERPRETS:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", "1")
-        import triton.language as tl
-        import triton.runtime.interpreter
-
-        from trsp.kernels import gated_branch_triton, gated_difference_triton  # noqa: F401
-    if not isinstance(tl.sum, triton.runtime.interpreter.InterpretedFunction):
-        raise pytest.UsageError(
-            "triton was imported before tests/kernels/conftest.py could ask it to interpret: "
-            "import it with TRITON_INTERPRET=1 at the top of tests/conftest.py"
-        )
 
 
 @pytest.fixture
@@ -69,7 +51,8 @@ def rounding_as_on_a_gpu() -> Iterator[None]:
     """Triton's interpreter truncates fp32 to bf16 and loses bf16's subnormals; torch does not."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETS:
-            interpreter = triton.runtime.interpreter
+            from triton.runtime import interpreter
+
             convert = _converting_bf16_like_torch(interpreter._convert_float)
             patch.setattr(interpreter, "_convert_float", convert)
         yield
