@@ -74,12 +74,13 @@ def prune(
         run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
         try:
-            report = _run_stages(run, given, calibration, out, overwrite, vllm, command)
+            return _run_stages(run, given, calibration, out, overwrite, vllm, command)
         except Interrupted as stop:
-            raise Interrupted(stop.signal_number, run.folder.path) from stop
-        if calibration is None:
-            run.folder.remove()
-        return report
+            resumable = None if calibration is None else run.folder.path
+            raise Interrupted(stop.signal_number, resumable) from stop
+        finally:
+            if calibration is None:  # nothing was trained: nothing to resume
+                run.folder.remove()
 
 
 def _run_stages(

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -26,12 +25,7 @@ from trsp.pruner.errors import RunError, UserError
 TEXT = "".join(f"{n} and {n} make {n + n},\n  größer than {n}\n" for n in range(400))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

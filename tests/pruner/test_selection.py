@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.criteria import block_influence
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.families import decoder_layers
@@ -20,16 +19,6 @@ FAST = SelectionRecipe(
     first_round_steps=12, round_steps=4, batch_size=2, num_candidates=2, verification_sequences=4
 )
 FIRST = frozenset({0})
-
-
-@pytest.fixture
-def model(pico_llama: Path) -> PreTrainedModel:
-    return load_model(open_checkpoint(pico_llama))
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(1, 288, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
 def test_a_layer_that_does_nothing_is_picked_first(model: PreTrainedModel, tokens: Tensor) -> None:

@@ -25,16 +25,6 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def model(pico_llama: Path) -> PreTrainedModel:
-    return load_model(open_checkpoint(pico_llama))
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    return torch.randint(1, 288, (8, 32), generator=torch.Generator().manual_seed(0))
-
-
 def run(model: PreTrainedModel, tokens: Tensor, **settings: Any) -> Any:
     recipe = TransferRecipe(**{"steps": 6, "batch_size": 4, **settings})
     return transfer(model, tokens, recipe, dropped=DROPPED, seed=3)
