@@ -7,6 +7,9 @@ from torch import Tensor
 
 GateKind = Literal["residual", "output"]
 Norm = Literal["l1", "l2", "l2_squared"]
+# How an RMSNorm applies its weight w to the normalised row r: llama w * r with r rounded to its
+# dtype before, gemma (1 + w) * r rounded after.
+Convention = Literal["llama", "gemma"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -67,6 +70,35 @@ def check_same_dtype(op: str, x: Tensor, y: Tensor) -> None:
     """A layer's input and output are one residual stream, of one dtype."""
     if y.dtype != x.dtype:
         raise TypeError(f"{op}: y is {y.dtype}, x is {x.dtype}; both must be the same: cast one")
+
+
+def check_rmsnorm_arguments(
+    op: str, x: Tensor, weight: Tensor, eps: float, convention: Convention, max_hidden_size: int
+) -> None:
+    """Refuse an RMSNorm of x's rows that `op` cannot compute.
+
+    Raises:
+        ValueError: a shape, a device, eps, the convention or the hidden size.
+        TypeError: weight's dtype is not x's.
+    """
+    if convention not in get_args(Convention):
+        raise ValueError(f"{op}: convention={convention!r}; choose 'llama' or 'gemma'")
+    if x.shape[-1] > max_hidden_size:
+        raise ValueError(
+            f"{op}: x has D = {x.shape[-1]}; one pass holds a whole row, at most "
+            f"{max_hidden_size}: use gated_branch and the model's own norm"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{op}: weight has shape {list(weight.shape)}; expected [{x.shape[-1]}], x's last "
+            "dimension: pass the weight of the norm that follows the layer"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; cast the weight")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight is on {weight.device}, x on {x.device}: move one")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps={eps!r}; expected a number above 0, such as 1e-6")
 
 
 def _check_gate(op: str, gate: Tensor, x: Tensor) -> None:

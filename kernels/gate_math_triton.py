@@ -63,3 +63,12 @@ def norm_gradient(d, scale, NORM: tl.constexpr):
     else:
         direction = d
     return scale * direction
+
+
+@triton.jit
+def rmsnorm_gain(weight, CONVENTION: tl.constexpr):
+    """What an RMSNorm multiplies its normalised row with."""
+    gain = weight
+    if CONVENTION == "gemma":
+        gain = 1.0 + weight
+    return gain

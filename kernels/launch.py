@@ -18,6 +18,12 @@ _SETTING = "TRSP_KERNELS"
 _MAX_BLOCK = 1024
 # 8 elements a thread: one 128-bit access in 16-bit dtypes, two in fp32.
 _ELEMENTS_PER_WARP = 256
+# A norm needs its whole row before it can write: the row is held in registers, 16 elements a thread.
+_ROW_ELEMENTS_PER_WARP = 512
+_MAX_ROW_WARPS = 16
+MAX_ROW = 8192
+# 128 registers a thread fill a multiprocessor with 16 warps.
+_RESIDENT_ROW_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,20 @@ def gate_launch(hidden_size: int) -> Launch:
     """The launch of a gate kernel: one program a row, looping over blocks of D."""
     block = min(_MAX_BLOCK, 1 << (hidden_size - 1).bit_length())
     return Launch(block, max(1, block // _ELEMENTS_PER_WARP))
+
+
+def row_launch(hidden_size: int) -> Launch:
+    """The launch of a kernel that holds a row of at most MAX_ROW elements in registers."""
+    block = 1 << (hidden_size - 1).bit_length()
+    return Launch(block, min(_MAX_ROW_WARPS, max(1, block // _ROW_ELEMENTS_PER_WARP)))
+
+
+def num_row_programs(x: Tensor, num_rows: int, launch: Launch) -> int:
+    """Programs that stay resident and share the rows, so that each sums its part of dweight."""
+    multiprocessors = (
+        torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    )
+    return min(num_rows, multiprocessors * (_RESIDENT_ROW_WARPS // launch.num_warps))
 
 
 def choose_backend(x: Tensor) -> Backend:

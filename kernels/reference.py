@@ -9,6 +9,7 @@ rounded where the unmodified model rounds:
     z = x + s * (y - x)     residual gate; exactly y at s = 1, exactly x at s = 0
     z = s * y               output gate
     n = ||d||_p             l1, l2, or squared l2
+    h = w * r  or (1 + w) * r, r = z / sqrt(mean(z^2) + eps)      the RMSNorm that follows
 
 Formulas: TRSP, arXiv 2505.18232, stages 1 and 2.
 """
@@ -16,7 +17,7 @@ Formulas: TRSP, arXiv 2505.18232, stages 1 and 2.
 import torch
 from torch import Tensor
 
-from trsp.kernels.arguments import GateKind, Norm
+from trsp.kernels.arguments import Convention, GateKind, Norm
 
 
 def gated_branch_forward(
@@ -78,6 +79,89 @@ def gated_branch_backward(
         moved = d_wide if x is None else d_wide + x.to(dtype)
         dgate = _sum_to_gate(dz_wide * moved, gate)
     return dbranch, dx, dgate
+
+
+def gated_branch_rmsnorm_forward(
+    x: Tensor,
+    attn_out: Tensor,
+    mlp_out: Tensor | None,
+    gate: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    convention: Convention,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    ref_norm: bool,
+    save_d: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """z, normed, rstd, d as of `gated_branch_forward`, diff_norm, x_norm."""
+    z, d, diff_norm, x_norm = gated_branch_forward(
+        x,
+        attn_out,
+        mlp_out,
+        gate,
+        gate_kind=gate_kind,
+        norm=norm,
+        ref_norm=ref_norm,
+        save_d=save_d,
+    )
+    # In the order of transformers' own norms, so that normed is theirs bit for bit.
+    z_wide = z.to(_compute_dtype(z))
+    rstd = torch.rsqrt(z_wide.pow(2).mean(dim=-1) + eps)
+    row = z_wide * rstd.unsqueeze(-1)
+    if convention == "llama":
+        normed = weight * row.to(z.dtype)
+    else:
+        normed = (row * (1.0 + weight.to(row.dtype))).to(z.dtype)
+    return z, normed, rstd, d, diff_norm, x_norm
+
+
+def gated_branch_rmsnorm_backward(
+    dz: Tensor | None,
+    dnormed: Tensor,
+    z: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    d: Tensor | None,
+    x: Tensor | None,
+    diff_norm: Tensor | None,
+    norm_grad: Tensor | None,
+    gate: Tensor,
+    *,
+    convention: Convention,
+    gate_kind: GateKind,
+    norm: Norm | None,
+    branch_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dgate: bool,
+    need_dweight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dbranch (of both branches) if `branch_dtype`, dx, dgate, dweight.
+
+    The gradient of z, its own dz and what the norm sends back, is rounded only as dx. d is read
+    for the norm's gradient and dgate, x for an output gate's dgate alone.
+    """
+    dtype = _compute_dtype(z)
+    dnormed_wide, w = dnormed.to(dtype), weight.to(dtype)
+    row = z.to(dtype) * rstd.unsqueeze(-1)
+    drow = dnormed_wide * (w if convention == "llama" else 1.0 + w)
+    along_row = (drow * row).mean(dim=-1, keepdim=True)
+    dz_wide = rstd.unsqueeze(-1) * (drow - row * along_row)
+    if dz is not None:
+        dz_wide = dz.to(dtype) + dz_wide
+    c = _norm_gradient(_widen(d, dtype), diff_norm, norm_grad, norm)
+    scaled = gate.to(dtype) * dz_wide
+    dbranch = _narrow(_add(scaled, c), branch_dtype)
+    dx = (dz_wide if gate_kind == "residual" else scaled).to(z.dtype) if need_dx else None
+    dgate = dweight = None
+    if need_dgate:
+        assert d is not None
+        moved = d.to(dtype) if x is None else d.to(dtype) + x.to(dtype)
+        dgate = _sum_to_gate(dz_wide * moved, gate)
+    if need_dweight:
+        dweight = (dnormed_wide * row).flatten(0, -2).sum(dim=0).to(weight.dtype)
+    return dbranch, dx, dgate, dweight
 
 
 def gated_difference_forward(

@@ -20,7 +20,11 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
         import triton.language as tl
         import triton.runtime.interpreter
 
-        from trsp.kernels import gated_branch_triton, gated_difference_triton  # noqa: F401
+        from trsp.kernels import (  # noqa: F401
+            gated_branch_rmsnorm_triton,
+            gated_branch_triton,
+            gated_difference_triton,
+        )
     if not isinstance(tl.sum, triton.runtime.interpreter.InterpretedFunction):
         raise pytest.UsageError(
             "triton was imported before tests/conftest.py could ask it to interpret; "
