@@ -52,7 +52,7 @@ print(json.dumps(cost.to_document()))
 """
 
 
-def _model(num_layers: int, hidden_size: int, device: str) -> LlamaForCausalLM:
+def random_llama(num_layers: int, hidden_size: int, device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -81,7 +81,7 @@ def _medians(arms: dict[str, Callable[[], Any]], repeats: int, device: str) -> d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
+def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
     """Bytes of distinct activations that autograd keeps during `step`; parameters not counted."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -126,8 +126,8 @@ def measure_stage_1(
     state += [parameter.grad for parameter in model.parameters()]
     state_bytes = sum(t.numel() * t.element_size() for t in state if isinstance(t, Tensor))
     activations = {
-        "frozen model": _saved_bytes(model, frozen),
-        "gates": _saved_bytes(model, gate_step),
+        "frozen model": saved_bytes(model, frozen),
+        "gates": saved_bytes(model, gate_step),
     }
     return {
         "seconds": seconds,
@@ -197,7 +197,7 @@ def measure_stage_2(
 
 def measure_compaction(folder: Path, num_layers: int, hidden_size: int) -> dict[str, Any]:
     """Compaction in a process of its own against a copy, with fsync, of the bytes it writes."""
-    model = _model(num_layers, hidden_size, "cpu")
+    model = random_llama(num_layers, hidden_size, "cpu")
     dense = folder / "dense"
     model.save_pretrained(dense, max_shard_size="200MB")
     del model
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = arguments.device
-    model = _model(arguments.layers, arguments.hidden_size, device)
+    model = random_llama(arguments.layers, arguments.hidden_size, device)
     shape = (arguments.batch_size, arguments.sequence_length)
     tokens = torch.randint(0, 4096, shape, generator=torch.Generator().manual_seed(0)).to(device)
     record: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}

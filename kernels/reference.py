@@ -106,15 +106,20 @@ def gated_branch_rmsnorm_forward(
         ref_norm=ref_norm,
         save_d=save_d,
     )
-    # In the order of transformers' own norms, so that normed is theirs bit for bit.
+    normed, rstd = rmsnorm(z, weight, eps, convention)
+    return z, normed, rstd, d, diff_norm, x_norm
+
+
+def rmsnorm(
+    z: Tensor, weight: Tensor, eps: float, convention: Convention
+) -> tuple[Tensor, Tensor]:
+    """normed and 1 / sqrt(mean(z^2) + eps), computed in the order of transformers' own norms."""
     z_wide = z.to(_compute_dtype(z))
     rstd = torch.rsqrt(z_wide.pow(2).mean(dim=-1) + eps)
     row = z_wide * rstd.unsqueeze(-1)
     if convention == "llama":
-        normed = weight * row.to(z.dtype)
-    else:
-        normed = (row * (1.0 + weight.to(row.dtype))).to(z.dtype)
-    return z, normed, rstd, d, diff_norm, x_norm
+        return weight * row.to(z.dtype), rstd
+    return (row * (1.0 + weight.to(row.dtype))).to(z.dtype), rstd
 
 
 def gated_branch_rmsnorm_backward(

@@ -56,6 +56,13 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """Token ids [1, at most 8] that any model accepts."""
+    config = text_config(model)
+    length = min(8, getattr(config, "max_position_embeddings", 8))
+    return torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
+
+
 @torch.no_grad()
 def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
     """Each decoder layer's residual branches; None where the layer is not x + a + m.
@@ -94,13 +101,10 @@ def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
 
     for index in range(len(layers)):
         watch_layer(index)
-    config = text_config(model)
-    length = min(8, getattr(config, "max_position_embeddings", 8))
-    tokens = torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
     was_training = model.training
     try:
         model.eval()
-        model(input_ids=tokens, use_cache=False)
+        model(input_ids=probe_tokens(model), use_cache=False)
     finally:
         model.train(was_training)
         for handle in handles:

@@ -3,7 +3,8 @@
 Both stages, every criterion and the proof's masked model run through the same patched layers. A
 layer's own forward is kept: its branch outputs are read as it runs and `gated_branch` forms the
 gated output and the difference norm from them; a layer without two plain branches goes through
-`gated_difference`.
+`gated_difference`. Where norms are fused, the RMSNorm that reads a gated output is computed with
+it, and that norm's module, when it is called on that very tensor, returns what is ready.
 
 B batch, T tokens, D hidden size, L layers.
 """
@@ -12,20 +13,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from trsp.kernels.arguments import GateKind, Norm
 from trsp.kernels.gated_branch import gated_branch
+from trsp.kernels.gated_branch_rmsnorm import gated_branch_rmsnorm
 from trsp.kernels.gated_difference import gated_difference
 from trsp.pruner.families import Branches, decoder_layers, find_branches, first_tensor
 from trsp.pruner.losses import language_model_loss
+from trsp.pruner.next_norms import NextNorm, find_next_norms
+from trsp.pruner.recipe import FuseNorms
 
-GateKind = Literal["residual", "output"]
-Norm = Literal["l1", "l2", "l2_squared"]
 # Gated output, ||y - x||, ||x||.
 LayerResult = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -70,10 +73,32 @@ class GatedModel:
         gate_kind: GateKind = "residual",
         norm: Norm = "l2",
         checkpoint_activations: bool = False,
+        fuse_norms: FuseNorms = "auto",
     ) -> None:
+        """Find the layers, their branches and the norms that follow them.
+
+        Args:
+            fuse_norms: compute the RMSNorm behind a gated layer in the gate's own pass. auto: on
+                CUDA, where that is one kernel, and not with activation checkpointing, which calls
+                the norm again without the gate.
+        Raises:
+            UserError: the architecture is not supported. ValueError: fuse_norms is "on" with
+                checkpoint_activations.
+        """
+        if fuse_norms == "on" and checkpoint_activations:
+            raise ValueError(
+                "fuse_norms='on' with checkpoint_activations: a recomputed layer calls its norm "
+                "without the gate before it; choose 'auto' or 'off'"
+            )
+        fuses = fuse_norms == "on" or (
+            fuse_norms == "auto" and model.device.type == "cuda" and not checkpoint_activations
+        )
         self.model = model
         self.layers = decoder_layers(model)
         self.branches: tuple[Branches | None, ...] = find_branches(model)
+        self.next_norms: tuple[NextNorm | None, ...] = (
+            find_next_norms(model) if fuses else (None,) * (len(self.layers) + 1)
+        )
         self.gate_kind: GateKind = gate_kind
         self.norm: Norm = norm
         self.checkpoint_activations = checkpoint_activations
@@ -83,8 +108,10 @@ class GatedModel:
         self.measured: frozenset[int] = frozenset()
         self.differences: dict[int, LayerDifference] = {}
         self._captured: dict[tuple[int, str], Tensor] = {}
+        # A gated output and its norm, until the norm's own module is called on it.
+        self._normed_ahead: tuple[Tensor, Tensor] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._own_forwards: list[Callable[..., Tensor] | None] = []
+        self._own_forwards: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         self._was_training = model.training
 
     @property
@@ -98,8 +125,10 @@ class GatedModel:
         self.model.eval()
         for index, layer in enumerate(self.layers):
             self._capture_branches(index, layer)
-            self._own_forwards.append(vars(layer).get("forward"))
-            layer.forward = self._gated_forward(index, layer.forward)
+            self._replace_forward(layer, self._gated_forward(index, layer.forward))
+        for norm in self.next_norms:
+            if norm is not None:
+                self._replace_forward(norm.module, self._norm_forward(norm.module.forward))
         return self
 
     def __exit__(
@@ -112,11 +141,12 @@ class GatedModel:
             handle.remove()
         self._handles.clear()
         self._captured.clear()
-        for layer, forward in zip(self.layers, self._own_forwards, strict=True):
+        self._normed_ahead = None
+        for module, forward in self._own_forwards:
             if forward is None:
-                del layer.forward
+                del module.forward
             else:  # somebody else's patch of this instance, such as accelerate's
-                layer.forward = forward
+                module.forward = forward
         self._own_forwards.clear()
         self.model.train(self._was_training)
 
@@ -145,6 +175,10 @@ class GatedModel:
                 batch = input_ids[start : start + batch_size].to(self.model.device)
                 total += float(language_model_loss(self.logits(batch), batch)) * len(batch)
         return total / len(input_ids)
+
+    def _replace_forward(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._own_forwards.append((module, vars(module).get("forward")))
+        module.forward = forward
 
     def _capture_branches(self, index: int, layer: nn.Module) -> None:
         branches = self.branches[index]
@@ -182,6 +216,24 @@ class GatedModel:
 
         return forward
 
+    def _norm_forward(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor) -> Tensor:
+            ahead, self._normed_ahead = self._normed_ahead, None
+            if ahead is not None and ahead[0] is hidden_states:
+                return ahead[1]
+            return original(hidden_states)
+
+        return forward
+
+    def _next_norm(self, index: int, x: Tensor) -> NextNorm | None:
+        """The norm that will read layer `index`'s output in x's dtype, past skipped layers."""
+        reader = next(
+            (later for later in range(index + 1, self.num_layers) if later not in self.skipped),
+            self.num_layers,
+        )
+        norm = self.next_norms[reader]
+        return norm if norm is not None and norm.weight.dtype == x.dtype else None
+
     def _call_layer(
         self,
         index: int,
@@ -206,7 +258,21 @@ class GatedModel:
         else:
             attention = self._captured.pop((index, branches.attention)).reshape(x.shape)
             mlp = self._captured.pop((index, branches.mlp)).reshape(x.shape)
-            z, n, r = gated_branch(x, attention, mlp, gate, **options)
+            following = self._next_norm(index, x)
+            if following is None:
+                z, n, r = gated_branch(x, attention, mlp, gate, **options)
+            else:
+                z, normed, n, r = gated_branch_rmsnorm(
+                    x,
+                    attention,
+                    mlp,
+                    gate,
+                    following.weight,
+                    eps=following.eps,
+                    convention=following.convention,
+                    **options,
+                )
+                self._normed_ahead = (z, normed)
         return z, n, r
 
     def _gate(self, index: int, x: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ MAX_RECIPE_BYTES = 1 << 20
 Fraction = Field(gt=0, lt=1)
 
 
+# Whether the RMSNorm behind a gated layer is computed in the gate's own pass.
+FuseNorms = Literal["auto", "on", "off"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -45,6 +49,7 @@ class SelectionRecipe(_Section):
     num_candidates: int = Field(4, ge=1, description="1: the smallest gate decides alone")
     verification_sequences: int = Field(16, ge=1)
     protected: tuple[int, ...] = Field((0,), description="negative counts from the last layer")
+    fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA")
 
 
 class LoraRecipe(_Section):
@@ -76,12 +81,15 @@ class TransferRecipe(_Section):
     anneal_fraction: float = Field(0.25, gt=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_activations: bool = False
+    fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA without checkpointing")
     lora: LoraRecipe | None = None
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Self:
         if self.label_weight == 0 and self.distill_weight == 0:
             raise ValueError("label_weight and distill_weight are both 0: nothing to learn from")
+        if self.fuse_norms == "on" and self.checkpoint_activations:
+            raise ValueError("fuse_norms 'on' excludes checkpoint_activations: choose 'auto'")
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(

@@ -92,7 +92,7 @@ def select_layers(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
-        with GatedModel(model, gate_kind=recipe.gate_kind) as gated:
+        with GatedModel(model, gate_kind=recipe.gate_kind, fuse_norms=recipe.fuse_norms) as gated:
             verification = input_ids[: recipe.verification_sequences]
             if state is None:
                 dense_loss = gated.masked_loss(verification, (), recipe.batch_size)

@@ -107,7 +107,10 @@ def transfer(
     with (
         _trainable(model, recipe.lora) as parameters,
         GatedModel(
-            model, norm=recipe.norm, checkpoint_activations=recipe.checkpoint_activations
+            model,
+            norm=recipe.norm,
+            checkpoint_activations=recipe.checkpoint_activations,
+            fuse_norms=recipe.fuse_norms,
         ) as gated,
     ):
         sample = input_ids[:NUM_MEASURED_SEQUENCES]

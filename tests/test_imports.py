@@ -27,7 +27,7 @@ PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map"),
     ("recipe", "token_ids", "safetensors_header", "config_surgery", "checkpoint"),
     ("signals", "console", "cost"),
-    ("families", "losses", "sampling", "text_files", "calibration", "gated_model"),
+    ("families", "losses", "sampling", "text_files", "calibration", "next_norms", "gated_model"),
     ("criteria", "distillation", "selection", "transfer"),
     ("compaction", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),

@@ -22,9 +22,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from trsp.pruner import gated_model as gated_model_module
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.families import decoder_layers, find_branches
 from trsp.pruner.gated_model import GatedModel
+from trsp.pruner.next_norms import find_next_norms
+from trsp.pruner.recipe import FuseNorms
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -106,17 +109,18 @@ def test_branches_are_found_from_structure(family: str) -> None:
         assert (branches.attention, branches.mlp) == FAMILIES[family][1:]
 
 
+@pytest.mark.parametrize("fuse_norms", ["off", "on"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_gate_1_is_the_model_and_gate_0_the_model_without_the_layer(
-    family: str, dtype: torch.dtype
+    family: str, dtype: torch.dtype, fuse_norms: FuseNorms
 ) -> None:
     model = build(family, dtype)
     dense = model(input_ids=TOKENS, use_cache=False).logits
     shallow = without_layers(model, {1})
     assert not torch.equal(dense, shallow)
-    with GatedModel(model) as gated:
+    with GatedModel(model, fuse_norms=fuse_norms) as gated:
         gated.gated = gated.measured = frozenset({0, 1, 2})
         gated.gates = torch.ones(3)
         assert torch.equal(gated.logits(TOKENS), dense)
@@ -188,6 +192,105 @@ def test_activation_checkpointing_changes_no_gradient(model: PreTrainedModel) ->
     assert len(gradients[0]) == len(gradients[1]) > 10
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "convention"),
+    [("llama", "llama"), ("qwen3", "llama"), ("phi3", "llama"), ("gemma2", "gemma"),
+     ("gemma3", "gemma"), ("gpt2", None), ("opt", None)],
+)  # fmt: skip
+def test_next_norms_are_found_by_what_they_compute(family: str, convention: str | None) -> None:
+    model = build(family)
+    found = find_next_norms(model)
+    assert [norm and norm.convention for norm in found] == [convention] * 4
+    if convention:
+        layers = decoder_layers(model)
+        assert [norm and norm.module for norm in found[:3]] == [x.input_layernorm for x in layers]
+        assert found[3] is not None
+        assert found[3].module is model.model.norm
+
+
+def test_a_norm_that_computes_something_else_is_left_alone(model: PreTrainedModel) -> None:
+    """At its own weight, all ones, 2 * w is 1 + w."""
+
+    class Doubled(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(norm.get_parameter("weight").detach()), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    layer: Any = decoder_layers(model)[1]
+    layer.input_layernorm = Doubled(layer.input_layernorm)
+    layers: Any = decoder_layers(model)
+    plain = type(layers[2].input_layernorm).forward
+
+    def with_another_eps(x: Tensor) -> Tensor:
+        layers[2].input_layernorm.variance_epsilon = 1e-5
+        y: Tensor = plain(layers[2].input_layernorm, x)
+        layers[2].input_layernorm.variance_epsilon = 1e-6
+        return y
+
+    layers[2].input_layernorm.forward = with_another_eps
+    assert [norm is None for norm in find_next_norms(model)] == [False, True, True, False]
+
+
+def gradients_of_a_step(model: PreTrainedModel, fuse_norms: FuseNorms) -> list[Tensor]:
+    """Of a loss on the logits and a norm, with a skipped layer between gate and next norm."""
+    model.zero_grad()
+    gates = torch.full((3,), 0.5, requires_grad=True)
+    with GatedModel(model, fuse_norms=fuse_norms) as gated:
+        gated.gates, gated.gated, gated.measured = gates, frozenset({0, 2}), frozenset({0, 2})
+        gated.skipped = frozenset({1})
+        loss = gated.logits(TOKENS).float().square().mean()
+        for difference in gated.differences.values():
+            loss = loss + difference.relative()
+        loss.backward()
+    assert gates.grad is not None
+    return [gates.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_fused_norms_change_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(family)
+    plain = gradients_of_a_step(model, "off")
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return fused(*args, **kwargs)
+
+    fused = gated_model_module.gated_branch_rmsnorm
+    monkeypatch.setattr(gated_model_module, "gated_branch_rmsnorm", counted)
+    together = gradients_of_a_step(model, "on")
+    # Layer 0 with the norm of layer 2, layer 2 with the final norm.
+    final = find_next_norms(model)
+    assert [
+        args[4] is norm.weight for args, norm in zip(calls, final[2:], strict=True) if norm
+    ] == [
+        True,
+        True,
+    ]
+    assert len(plain) == len(together) > 10
+    for one, other in zip(plain, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_norm_called_on_another_tensor_computes_its_own(model: PreTrainedModel) -> None:
+    """Somebody rescales the hidden states between two layers: what is ready must not be used."""
+    layer = decoder_layers(model)[1]
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    dense = model(input_ids=TOKENS, use_cache=False).logits
+    with GatedModel(model, fuse_norms="on") as gated:
+        gated.gated, gated.gates = frozenset({0}), torch.ones(3)
+        assert torch.equal(gated.logits(TOKENS), dense)
+
+
+def test_fused_norms_are_refused_with_checkpointing(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="choose 'auto' or 'off'"):
+        GatedModel(model, fuse_norms="on", checkpoint_activations=True)
+    assert set(GatedModel(model, checkpoint_activations=True).next_norms) == {None}
 
 
 def test_gate_gradient_is_that_of_finite_differences(model: PreTrainedModel) -> None:
