@@ -1,0 +1,64 @@
+"""`fuse_norms` reaches the ops of both stages and changes nothing but the way of computing."""
+
+import copy
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trsp.pruner import gated_model
+from trsp.pruner.recipe import FuseNorms, SelectionRecipe, TransferRecipe
+from trsp.pruner.selection import select_layers
+from trsp.pruner.transfer import transfer
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The weights of the norms that were computed with a gate, call by call."""
+    calls: list[Any] = []
+    fused = gated_model.gated_branch_rmsnorm
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[4])
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(gated_model, "gated_branch_rmsnorm", counted)
+    return calls
+
+
+def test_selection(model: PreTrainedModel, tokens: Tensor, fused_calls: list[Any]) -> None:
+    rounds = []
+    settings: tuple[FuseNorms, ...] = ("auto", "off", "on")
+    for fuse_norms in settings:
+        assert not fused_calls
+        recipe = SelectionRecipe(first_round_steps=6, batch_size=4, fuse_norms=fuse_norms)
+        state = select_layers(
+            model, tokens, recipe, num_to_remove=1, protected=frozenset({0}), seed=0
+        )
+        rounds.append(state.rounds[0])
+    assert len(fused_calls) == 6 * 5
+    assert rounds[0] == rounds[1], "auto does not fuse on a CPU"
+    assert rounds[2]["picked"] == rounds[1]["picked"]
+    assert rounds[2]["losses"] == pytest.approx(rounds[1]["losses"], rel=1e-6)
+    assert rounds[2]["gates"][1:] == pytest.approx(rounds[1]["gates"][1:], rel=1e-4)
+
+
+def test_transfer(model: PreTrainedModel, tokens: Tensor, fused_calls: list[Any]) -> None:
+    results = []
+    settings: tuple[FuseNorms, ...] = ("auto", "off", "on")
+    for fuse_norms in settings:
+        assert not fused_calls
+        recipe = TransferRecipe(steps=6, batch_size=4, anneal_fraction=1, fuse_norms=fuse_norms)
+        own = copy.deepcopy(model)
+        results.append(transfer(own, tokens, recipe, dropped=(2, 4), seed=3))
+    # Five steps of two gated layers; in the sixth they are closed. Two measurements follow.
+    assert len(fused_calls) >= 5 * 2
+    assert results[0] == results[1], "auto does not fuse on a CPU"
+    for one, other in zip(results[1].steps, results[2].steps, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_fusing_with_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="excludes checkpoint_activations"):
+        TransferRecipe(fuse_norms="on", checkpoint_activations=True)
