@@ -1,11 +1,15 @@
 """The `trsp` command: mounts every package's commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trsp.pruner.cli import app
+from trsp.pruner.errors import UserError
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure: kernels.")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -29,6 +33,125 @@ def demo(
     with progress_bars() as progress:
         record = run_demo(out, seed=seed, overwrite=overwrite, progress=progress)
     show(record, as_json=as_json)
+
+
+@bench.command()
+def kernels(
+    static: Annotated[bool, typer.Option("--static", help="machine code; no GPU")] = False,
+    full: Annotated[bool, typer.Option("--full", help="with --static: every variant")] = False,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="with --static: accept what is found")
+    ] = False,
+    traffic: Annotated[bool, typer.Option("--traffic", help="bytes moved; no GPU")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="every arm once on the CPU, no times")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="a record's path or a commit", metavar="RECORD|COMMIT")
+    ] = None,
+    hidden_size: Annotated[list[int] | None, typer.Option(help="repeatable; the sweep")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="repeatable; the sweep")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, mixed; bf16")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="repeatable; all three")] = None,
+    minutes: Annotated[float | None, typer.Option(help="start no case after this; 8")] = None,
+    out: Annotated[Path | None, typer.Option(help="record; bench/records/kernels-GPU.json")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    no_bars: Annotated[bool, typer.Option("--no-bars", help="missed bars fail nothing")] = False,
+) -> None:
+    """Time the fused ops on a GPU against eager, compiled and Liger; or check them without one."""
+    given: dict[str, Any] = {
+        "--full": full,
+        "--update-baseline": update_baseline,
+        "--dry-run": dry_run,
+        "--hidden-size": hidden_size,
+        "--tokens": tokens,
+        "--dtype": dtype,
+        "--op": op,
+        "--minutes": minutes,
+        "--out": out,
+        "--no-bars": no_bars,
+    }
+    mode, takes = _kernel_mode(static, traffic, dry_run, compare)
+    for name, value in given.items():
+        if value not in (None, False, []) and name not in takes:
+            raise UserError(f"{name} means nothing to {mode}; leave it out")
+    failed = _run_kernel_mode(mode, given, compare, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _kernel_mode(
+    static: bool, traffic: bool, dry_run: bool, compare: str | None
+) -> tuple[str, set[str]]:
+    """The mode that was asked for, and the settings it reads."""
+    if static + traffic + (dry_run or compare is not None) > 1:
+        raise UserError("--static, --traffic and --dry-run or --compare exclude each other")
+    if static:
+        return "--static", {"--full", "--update-baseline", "--out"}
+    if traffic:
+        return "--traffic", {"--out"}
+    if compare is not None and Path(compare).suffix == ".json":
+        return "--compare RECORD", {"--minutes", "--out", "--dry-run"}
+    if compare is not None:
+        return "--compare COMMIT", {"--op", "--dtype", "--out", "--dry-run"}
+    if dry_run:
+        return "--dry-run", {"--op", "--dtype", "--out", "--dry-run"}
+    return "a measurement", {
+        "--hidden-size", "--tokens", "--dtype", "--op", "--minutes", "--out", "--no-bars",
+    }  # fmt: skip
+
+
+def _run_kernel_mode(
+    mode: str, given: dict[str, Any], compare: str | None, as_json: bool
+) -> list[str]:
+    """Do it, show it, and return what failed."""
+    out, dry_run = given["--out"], given["--dry-run"]
+    if mode == "--static":
+        from trsp.bench.static_cost import run_static, show_static
+
+        record = run_static(
+            full=given["--full"], out=out, update_baseline=given["--update-baseline"]
+        )
+        show_static(record, as_json=as_json)
+    elif mode == "--traffic":
+        from trsp.bench.traffic import run_traffic, show_traffic
+
+        record = run_traffic(out=out)
+        show_traffic(record, as_json=as_json)
+    elif compare is not None:
+        from trsp.bench.kernel_compare import run_comparison, show_comparison
+
+        record = run_comparison(
+            compare,
+            ops=given["--op"],
+            dtype=given["--dtype"],
+            minutes=given["--minutes"],
+            dry_run=dry_run,
+            out=out,
+            progress=_tell,
+        )
+        show_comparison(record, as_json=as_json)
+    else:
+        from trsp.bench.kernel_run import run_kernels, show_kernels
+
+        record = run_kernels(
+            dry_run=dry_run,
+            ops=given["--op"],
+            hidden_sizes=given["--hidden-size"],
+            tokens=given["--tokens"],
+            dtype=given["--dtype"],
+            minutes=given["--minutes"],
+            bars=not given["--no-bars"],
+            out=out,
+            progress=_tell,
+        )
+        show_kernels(record, as_json=as_json)
+    failed: list[str] = record["failed"]
+    return failed
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class _GatedBranchRMSNorm(torch.autograd.Function):
         ref_norm: bool,
         backend: Backend,
     ) -> GatedNormed:
-        need_x, need_attn, need_mlp, need_gate, need_weight = ctx.needs_input_grad[:5]
+        need_x, need_attn, need_mlp, need_gate = ctx.needs_input_grad[:4]
         norm_has_grad = norm is not None and (need_attn or need_mlp)
         z, normed, rstd, d, diff_norm, x_norm = _formulas(backend).gated_branch_rmsnorm_forward(
             x,

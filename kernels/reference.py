@@ -110,9 +110,7 @@ def gated_branch_rmsnorm_forward(
     return z, normed, rstd, d, diff_norm, x_norm
 
 
-def rmsnorm(
-    z: Tensor, weight: Tensor, eps: float, convention: Convention
-) -> tuple[Tensor, Tensor]:
+def rmsnorm(z: Tensor, weight: Tensor, eps: float, convention: Convention) -> tuple[Tensor, Tensor]:
     """normed and 1 / sqrt(mean(z^2) + eps), computed in the order of transformers' own norms."""
     z_wide = z.to(_compute_dtype(z))
     rstd = torch.rsqrt(z_wide.pow(2).mean(dim=-1) + eps)
@@ -165,7 +163,8 @@ def gated_branch_rmsnorm_backward(
         moved = d.to(dtype) if x is None else d.to(dtype) + x.to(dtype)
         dgate = _sum_to_gate(dz_wide * moved, gate)
     if need_dweight:
-        dweight = (dnormed_wide * row).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        terms = (dnormed_wide * row).reshape(-1, row.shape[-1])
+        dweight = terms.sum(dim=0).to(weight.dtype)
     return dbranch, dx, dgate, dweight
 
 

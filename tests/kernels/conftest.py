@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = HAS_TRITON and not torch.cuda.is_available()
@@ -29,6 +30,24 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs a test on both backends."""
     monkeypatch.setenv("TRSP_KERNELS", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def saved_by() -> Callable[[Callable[[], Any]], list[Tensor]]:
+    """The tensors that autograd keeps for the backward of a call."""
+
+    def saved_by_call(call: Callable[[], Any]) -> list[Tensor]:
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            call()
+        return saved
+
+    return saved_by_call
 
 
 @pytest.fixture(autouse=True)

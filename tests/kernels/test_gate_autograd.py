@@ -42,19 +42,6 @@ def gate_on(device: str, learns: bool = True) -> Any:
     return torch.full((1,), 0.7, device=device, requires_grad=learns)
 
 
-def saved_by(call: Callable[[], Any]) -> list[Tensor]:
-    """The tensors that autograd keeps for the backward of `call`."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return saved
-
-
 @pytest.mark.parametrize(
     ("gate_learns", "norm", "gate_kind", "num_branches", "expected"),
     [
@@ -71,6 +58,7 @@ def saved_by(call: Callable[[], Any]) -> list[Tensor]:
 def test_gated_branch_saves_one_tensor_and_a_few_bytes_a_token(
     device: str,
     backend: str,
+    saved_by: Callable[..., list[Tensor]],
     gate_learns: bool,
     norm: Any,
     gate_kind: Any,
@@ -102,7 +90,13 @@ def test_gated_branch_saves_one_tensor_and_a_few_bytes_a_token(
     ],
 )
 def test_gated_difference_saves_its_inputs_or_nothing(
-    device: str, backend: str, gate_learns: bool, norm: Any, gate_kind: Any, expected: str
+    device: str,
+    backend: str,
+    saved_by: Callable[..., list[Tensor]],
+    gate_learns: bool,
+    norm: Any,
+    gate_kind: Any,
+    expected: str,
 ) -> None:
     x, y = leaves(device, 2)
     gate = gate_on(device, gate_learns)

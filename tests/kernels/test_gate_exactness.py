@@ -1,8 +1,10 @@
-"""What both gate ops promise to the bit: the ends of the gate, the rounding, the repeat.
+"""What the gate ops promise to the bit: the ends of the gate, the rounding, the repeat.
 
 T tokens, D hidden size.
 """
 
+import importlib
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor
 
 from trsp.kernels import gated_branch as gated_branch_module
+from trsp.kernels import gated_branch_rmsnorm as gated_branch_rmsnorm_module
 from trsp.kernels import gated_difference as gated_difference_module
+from trsp.kernels import launch
 
 # Any: each test knows which outputs and gradients it asked for.
 gated_branch: Any = gated_branch_module.gated_branch
+gated_branch_rmsnorm: Any = gated_branch_rmsnorm_module.gated_branch_rmsnorm
 gated_difference: Any = gated_difference_module.gated_difference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,6 +37,12 @@ def draw(device: str, dtype: torch.dtype, num_tensors: int, scale: float = 1.0) 
 
 def gate_of(value: float, device: str) -> Tensor:
     return torch.tensor([float(value)], device=device)
+
+
+def weight_of(device: str, dtype: torch.dtype, hidden_size: int = D) -> Any:
+    """The weight of a norm: around 1, some of it negative."""
+    generator = torch.Generator().manual_seed(1)
+    return (1 + torch.randn(hidden_size, generator=generator)).to(device, dtype)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -197,3 +208,188 @@ def test_a_second_run_is_bit_equal(device: str, backend: str, dtype: torch.dtype
     for op, inputs in ((gated_branch, streams), (gated_difference, streams[:2])):
         for first, second in zip(run(op, *inputs), run(op, *inputs), strict=True):
             assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_second_run_before_an_rmsnorm_is_bit_equal(
+    device: str, backend: str, dtype: torch.dtype
+) -> None:
+    """The weight's gradient too, with rows for more than one round of the programs."""
+    hidden_size = 2048
+    generator = torch.Generator().manual_seed(0)
+    streams = torch.randn(3, 7, hidden_size, generator=generator).to(device, dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        inputs = (*streams, gate_of(0.7, device), weight_of(device, dtype, hidden_size))
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        z, normed, diff_norm, x_norm = gated_branch_rmsnorm(
+            *leaves, eps=1e-6, convention="llama", norm="l2", ref_norm=True
+        )
+        (z.float().square().sum() + normed.float().square().sum() + diff_norm.sum()).backward()
+        return z, normed, diff_norm, x_norm, *(leaf.grad for leaf in leaves)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("need_rest", [False, True])
+def test_the_weight_s_gradient_is_summed_in_a_fixed_order(device: str, need_rest: bool) -> None:
+    """Program p adds rows p, p + P, ... in turn, and then the P sums are added."""
+    kernels = pytest.importorskip("trsp.kernels.gated_branch_rmsnorm_triton")
+    num_rows, hidden_size = 7, 2048
+    generator = torch.Generator().manual_seed(0)
+    dnormed, z = torch.randn(2, num_rows, hidden_size, generator=generator).to(device)
+    rstd = z.square().mean(dim=-1).rsqrt()
+    gradients = kernels.gated_branch_rmsnorm_backward(
+        None,
+        dnormed,
+        z,
+        rstd,
+        weight_of(device, torch.float32, hidden_size),
+        None,
+        None,
+        None,
+        None,
+        gate_of(0.7, device),
+        convention="gemma",
+        gate_kind="residual",
+        norm=None,
+        branch_dtype=torch.float32 if need_rest else None,
+        need_dx=need_rest,
+        need_dgate=False,
+        need_dweight=True,
+    )
+    num_programs = launch.num_row_programs(z, num_rows, launch.row_launch(hidden_size))
+    if device == "cpu":
+        assert 1 < num_programs < num_rows
+    sums = torch.zeros(num_programs, hidden_size, device=device)
+    for row in range(num_rows):
+        sums[row % num_programs] += dnormed[row] * (z[row] * rstd[row])
+    assert same_bits(gradients[3], sums.sum(dim=0))
+
+
+@pytest.mark.parametrize("gate_kind", ["residual", "output"])
+@pytest.mark.parametrize("gate", [0.0, 0.7, 1.0, -0.6])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
+def test_the_gate_before_an_rmsnorm_is_gated_branch(
+    device: str, backend: str, dtype: Any, gate: float, gate_kind: str
+) -> None:
+    """z to the bit; a norm's last bits depend on the order of adding, which a kernel changes."""
+    stream, branch = (torch.float32, torch.bfloat16) if dtype == "mixed" else (dtype, dtype)
+    (x,), branches = draw(device, stream, 1), draw(device, branch, 3)[1:]
+    weight, s = weight_of(device, stream), gate_of(gate, device)
+    choices = {"gate_kind": gate_kind, "norm": "l1", "ref_norm": True}
+    for attn_out, mlp_out in (branches, (branches[0], None)):
+        z, *norms = gated_branch(x, attn_out, mlp_out, s, **choices)
+        ours, _, *our_norms = gated_branch_rmsnorm(
+            x, attn_out, mlp_out, s, weight, eps=1e-6, convention="llama", **choices
+        )
+        assert same_bits(ours, z)
+        for one, other in zip(our_norms, norms, strict=True):
+            if backend == "reference":
+                assert same_bits(one, other)
+            # Equal terms, and at most D - 1 additions of them in either order.
+            torch.testing.assert_close(one, other, rtol=2 * D * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_a_gate_before_an_rmsnorm(
+    device: str, backend: str, dtype: torch.dtype
+) -> None:
+    x, attn_out, mlp_out = draw(device, dtype, 3)
+    x, attn_out, weight = hostile(x), hostile(attn_out).flip(0), weight_of(device, dtype)
+
+    def fused(*branches: Tensor, gate: float) -> Any:
+        attn, *rest = branches
+        s, mlp = gate_of(gate, device), rest[0] if rest else None
+        return gated_branch_rmsnorm(x, attn, mlp, s, weight, eps=1e-6, convention="gemma")[:2]
+
+    assert same_bits(fused(attn_out, mlp_out, gate=1)[0], x + attn_out + mlp_out)
+    assert same_bits(fused(attn_out, gate=1)[0], x + attn_out)
+    still = fused(torch.zeros_like(x), gate=0)[1]
+    attn_out[1, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    for branches in ((attn_out, mlp_out), (attn_out,)):
+        z, normed = fused(*branches, gate=0)
+        assert same_bits(z, x)
+        assert same_bits(normed, still)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("family", "convention"),
+    [
+        ("Llama", "llama"),
+        ("Mistral", "llama"),
+        ("Qwen3", "llama"),
+        ("Gemma", "gemma"),
+        ("Gemma3", "gemma"),
+    ],
+)
+def test_the_reference_s_rmsnorm_is_that_of_transformers(
+    device: str, dtype: torch.dtype, family: str, convention: Any
+) -> None:
+    name = family.lower()
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    x, attn_out, mlp_out = draw(device, dtype, 3)
+    module = getattr(modeling, f"{family}RMSNorm")(D, eps=1e-5).to(device, dtype)
+    module.weight.data = weight_of(device, dtype)
+    op: Any = gated_branch_rmsnorm_module.gated_branch_rmsnorm_reference
+    inputs = (x, attn_out, mlp_out, gate_of(0.7, device), module.weight)
+    z, normed, _, _ = op(*inputs, eps=1e-5, convention=convention)
+    assert same_bits(normed, module(z))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("convention", ["llama", "gemma"])
+def test_an_rmsnorm_rounds_where_transformers_does(
+    device: str, backend: str, convention: Any, dtype: torch.dtype, scale: float
+) -> None:
+    """Each element lies between what the stored z gives with sums a little too small and too large.
+
+    At a scale of 1e-3 eps is as large as the mean square.
+    """
+    x, attn_out, mlp_out = draw(device, dtype, 3, scale)
+    weight = weight_of(device, dtype)
+    inputs = (x, attn_out, mlp_out, gate_of(0.7, device), weight)
+    z, normed, _, _ = gated_branch_rmsnorm(*inputs, eps=1e-6, convention=convention)
+    row = z.double() / (z.double().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    # A sum of D squares, and five more operations, each with one rounding in fp32.
+    slack = (math.log2(D) + 1 + 5) * 2**-24
+
+    def rounded(row: Tensor) -> Tensor:
+        if convention == "llama":
+            return weight * row.to(dtype)
+        return ((1.0 + weight.float()).double() * row).to(dtype)
+
+    ends = torch.stack([rounded(row * (1 - slack)), rounded(row * (1 + slack))])
+    if dtype == torch.float32:
+        # The product with the weight rounds once more, and not as in float64.
+        ends = torch.stack([ends * (1 - 2**-23), ends * (1 + 2**-23)]).flatten(0, 1)
+    assert (normed >= ends.amin(dim=0)).all()
+    assert (normed <= ends.amax(dim=0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("convention", ["llama", "gemma"])
+def test_a_row_of_zeros_before_an_rmsnorm(
+    device: str, backend: str, convention: Any, dtype: torch.dtype
+) -> None:
+    x, attn_out, mlp_out, dz, dnormed = draw(device, dtype, 5)
+    for stream in (x, attn_out, mlp_out):
+        stream[1] = 0
+    inputs = (x, attn_out, mlp_out, gate_of(0.5, device), weight_of(device, dtype))
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    z, normed, diff_norm, _ = gated_branch_rmsnorm(
+        *leaves, eps=1.0, convention=convention, norm="l2"
+    )
+    grads = [dz, dnormed, torch.ones_like(diff_norm)]
+    torch.autograd.backward([z, normed, diff_norm], grads)
+    assert (z[1] == 0).all()
+    assert (normed[1] == 0).all()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    # rstd is 1 there and nothing lies along the row.
+    gain = leaves[4].detach().float() + (1 if convention == "gemma" else 0)
+    expected = dz[1].float() + dnormed[1].float() * gain
+    assert same_bits(leaves[0].grad[1], expected.to(dtype))
+    assert same_bits(leaves[1].grad[1], (0.5 * expected).to(dtype))

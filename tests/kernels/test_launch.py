@@ -2,16 +2,24 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from trsp.kernels import launch
 from trsp.kernels.gated_branch import gated_branch, gated_branch_reference
+from trsp.kernels.gated_branch_rmsnorm import gated_branch_rmsnorm
+from trsp.kernels.gated_difference import gated_difference
 
 X = torch.ones(2, 8)
 GATE = torch.ones(1)
+CALLS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda x: gated_branch(x, x, None, GATE),
+    lambda x: gated_branch_rmsnorm(x, x, None, GATE, x[0], eps=1e-6, convention="llama"),
+    lambda x: gated_difference(x, x, GATE),
+)
 needs_triton = pytest.mark.skipif(
     not launch._triton_is_installed(), reason="triton is not installed"
 )
@@ -77,18 +85,24 @@ def test_forced_triton_without_triton_is_refused(
 
 
 @needs_triton
-def test_forced_triton_on_cpu_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_forced_triton_on_cpu_tensors_is_refused(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[torch.Tensor], Any]
+) -> None:
     monkeypatch.setenv("TRSP_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="the tensors are on cpu, not on CUDA"):
-        gated_branch(X, X, None, GATE)
+        call(X)
 
 
 @needs_triton
-def test_forced_triton_in_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_forced_triton_in_float64_is_refused(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[torch.Tensor], Any]
+) -> None:
     monkeypatch.setenv("TRSP_KERNELS", "triton")
     with pytest.raises(ValueError, match="the kernels have no float64"):
-        gated_branch(X.double(), X.double(), None, GATE)
+        call(X.double())
 
 
 @needs_triton
@@ -112,12 +126,14 @@ import sys
 sys.modules["triton"] = None
 import torch
 from trsp.kernels.gated_branch import gated_branch
+from trsp.kernels.gated_branch_rmsnorm import gated_branch_rmsnorm
 from trsp.kernels.gated_difference import gated_difference
 x = torch.ones(2, 8, requires_grad=True)
 gate = torch.ones(1, requires_grad=True)
 z, norm, _ = gated_branch(x, x, x, gate, norm="l2")
+z, normed, _, _ = gated_branch_rmsnorm(z, x, x, gate, x[0], eps=1e-6, convention="gemma")
 z, other, _ = gated_difference(x, z, gate)
-(z.sum() + norm.sum() + other.sum()).backward()
+(z.sum() + normed.sum() + norm.sum() + other.sum()).backward()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
@@ -129,3 +145,28 @@ z, other, _ = gated_difference(x, z, gate)
 def test_launch_table(hidden_size: int, block: int, num_warps: int) -> None:
     assert launch.gate_launch(hidden_size) == launch.Launch(block, num_warps)
     assert launch.gate_launch(hidden_size).options()["enable_fp_fusion"] is False
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "block", "num_warps"),
+    [(1, 1, 1), (60, 64, 1), (1025, 2048, 4), (4096, 4096, 8), (5120, 8192, 16), (8192, 8192, 16)],
+)
+def test_launch_table_of_whole_rows(hidden_size: int, block: int, num_warps: int) -> None:
+    assert launch.row_launch(hidden_size) == launch.Launch(block, num_warps)
+    assert launch.row_launch(hidden_size).options()["enable_fp_fusion"] is False
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "hidden_size", "num_programs"),
+    [(0, 4096, 0), (5, 4096, 5), (65536, 4096, 132 * 2), (65536, 8192, 132), (65536, 64, 132 * 16)],
+)
+def test_programs_that_share_the_rows(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, hidden_size: int, num_programs: int
+) -> None:
+    class Properties:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    shape = launch.row_launch(hidden_size)
+    x: Any = OnCuda()
+    assert launch.num_row_programs(x, num_rows, shape) == num_programs
