@@ -3,8 +3,9 @@
 T tokens (rows), D hidden size; a pass is one [T, D] bf16 tensor read or written once, so an fp32
 one counts double. Each aten op that computes is taken for one kernel that reads every tensor input
 once and writes every output once, of a tensor the distinct elements alone (an expanded [T, 1]
-column is T elements). Views, metadata and allocation move nothing; a fill only writes. No eager
-kernel beats that, and many do worse, so a ratio to these counts is never flattered.
+column is T elements). Views, metadata and allocation move nothing; a fill only writes. That is the
+least for tensors that no cache holds: kernels that read twice move more, so a ratio to these
+counts does not flatter the fused op.
 """
 
 import math
@@ -50,7 +51,7 @@ class AtenMoves(TorchDispatchMode):
     """Within it every move of an aten op is in `moves`, but for those in `paused()`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moves: list[Move] = []
         self._is_paused = False
 
@@ -133,9 +134,11 @@ def _rms_norm_as_on_cuda(meter: AtenMoves) -> Iterator[None]:
     """torch.nn.functional.rms_norm dispatches by device; here it counts as the fused op."""
     original: Callable[..., Tensor] = F.rms_norm
 
-    def rms_norm(z: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(
+        input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
+    ) -> Tensor:
         normed: Tensor = _CudaRMSNorm.apply(  # type: ignore[no-untyped-call]
-            z, weight, eps, meter, original
+            input, weight, eps, meter, original
         )
         return normed
 

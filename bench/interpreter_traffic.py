@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,12 +216,13 @@ def main() -> None:
     os.environ["TRSP_KERNELS"] = "triton"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "gated_difference measures y - x")
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for case, num_tokens in proof_cases():
         traffic, faults = prove(case, num_tokens)
-        directions = {direction: asdict(moved) for direction, moved in traffic.items()}
-        row = {"case": asdict(case), "name": case.name, "num_tokens": num_tokens}
-        rows.append({**row, **directions})
+        row: dict[str, Any] = {"case": asdict(case), "name": case.name, "num_tokens": num_tokens}
+        row.update((direction, asdict(moved)) for direction, moved in traffic.items())
+        rows.append(row)
         failed += faults
     json.dump({"triton": triton.__version__, "cases": rows, "failed": failed}, sys.stdout)
 

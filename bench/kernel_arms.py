@@ -54,7 +54,8 @@ def arms_of(case: KernelCase) -> tuple[Arm, ...]:
         return ("fused", "eager_hf", "eager_careful", *COMPILED_ARMS)
     arms: tuple[Arm, ...] = ("fused", "eager_f_rms_norm", "eager_hf_norm", *COMPILED_ARMS)
     stream, branch = DTYPES[case.dtype]
-    return (*arms, "liger") if stream == branch and case.gate_kind == "residual" else arms
+    alike = (case.gate_kind, case.convention) == ("residual", "llama") and stream == branch
+    return (*arms, "liger") if alike else arms
 
 
 def arm_forward(arm: Arm, problem: Problem) -> Outputs:
@@ -73,7 +74,7 @@ def arm_forward(arm: Arm, problem: Problem) -> Outputs:
     call: Callable[..., Outputs] = {
         "eager_hf": _hf_shaped,
         "eager_careful": _careful,
-        "eager_f_rms_norm": _careful_with_f_rms_norm,
+        "eager_f_rms_norm": _hf_shaped_with_f_rms_norm,
         "eager_hf_norm": _hf_shaped_with_hf_norm,
         "compile_natural": _compiled(_careful_with_hf_norm),
         "compile_explicit": _compiled(_explicit),
@@ -179,8 +180,8 @@ def _careful(inputs: dict[str, Tensor], case: KernelCase) -> Outputs:
     return {"z": z, **_norms(d, x, case)}
 
 
-def _careful_with_f_rms_norm(inputs: dict[str, Tensor], case: KernelCase) -> Outputs:
-    outputs, weight = _careful(inputs, case), inputs["weight"]
+def _hf_shaped_with_f_rms_norm(inputs: dict[str, Tensor], case: KernelCase) -> Outputs:
+    outputs, weight = _hf_shaped(inputs, case), inputs["weight"]
     gain = 1 + weight if case.convention == "gemma" else weight
     normed = F.rms_norm(outputs["z"], (case.hidden_size,), gain, EPS)
     return {**outputs, "normed": normed}

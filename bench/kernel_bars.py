@@ -100,14 +100,17 @@ def _judge_bar(bar: Bar, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _figure(bar: Bar, result: dict[str, Any]) -> float | None:
     """The measured figure; None where the case was not timed, or the arm was not."""
     arms = result["arms"]
-    times = {name: row["both"]["median_us"] for name, row in arms.items() if "both" in row}
+    times: dict[str, float] = {
+        name: row["both"]["median_us"] for name, row in arms.items() if "both" in row
+    }
     if "fused" not in times:
         return None
     if bar.share is not None:
         share: float = arms["fused"]["share_of_copy"][bar.share]
         return share
     if bar.against is not None:
-        theirs: float | None = times.get(bar.against)
-        return None if theirs is None else theirs / float(times["fused"])
+        theirs = times.get(bar.against)
+        return None if theirs is None else theirs / times["fused"]
     beyond: float = arms["fused"]["saved_bytes"] - result["tensor_bytes"]
-    return beyond / result["tokens"]
+    num_tokens: int = result["tokens"]
+    return beyond / num_tokens

@@ -156,10 +156,17 @@ def fused_forward(problem: Problem) -> dict[str, Tensor]:
 
 
 def gradients(problem: Problem, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of every input, by its name, from the problem's gradients of the outputs."""
+    """The gradient of every input that has one, from the problem's gradients of the outputs.
+
+    z = s * y alone does not depend on x.
+    """
     given = {"z": problem.dz, "normed": problem.dnormed, "diff_norm": problem.norm_grad}
     roots = {name: grad for name, grad in given.items() if grad is not None}
     found = torch.autograd.grad(
-        [outputs[name] for name in roots], list(problem.inputs.values()), list(roots.values())
+        [outputs[name] for name in roots],
+        list(problem.inputs.values()),
+        list(roots.values()),
+        allow_unused=True,
     )
-    return dict(zip(problem.inputs, found, strict=True))
+    named = zip(problem.inputs, found, strict=True)
+    return {name: gradient for name, gradient in named if gradient is not None}

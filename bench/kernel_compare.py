@@ -333,6 +333,12 @@ def _run_block(
 
 def _time_block(asked: dict[str, Any]) -> dict[str, Any]:
     """In the block's process: medians of every case that these kernels have."""
+    # An editable install answers for modules that the overlay lacks: the present ones.
+    sys.meta_path[:] = [
+        finder
+        for finder in sys.meta_path
+        if not getattr(finder, "__module__", "").startswith("__editable___trsp")
+    ]
     answer: dict[str, Any] = {"kernels": asked["kernels"], "times": {}, "not_compared": []}
     items, lacking = [], set()
     for document in asked["items"]:

@@ -1,5 +1,6 @@
 """What the gate ops accept: every wrong argument is named before any arithmetic starts."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -97,8 +98,8 @@ def check_rmsnorm_arguments(
         raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; cast the weight")
     if weight.device != x.device:
         raise ValueError(f"{op}: weight is on {weight.device}, x on {x.device}: move one")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps={eps!r}; expected a number above 0, such as 1e-6")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: eps={eps!r}; expected a finite number above 0, such as 1e-6")
 
 
 def _check_gate(op: str, gate: Tensor, x: Tensor) -> None:

@@ -143,9 +143,7 @@ def _gated_branch_rmsnorm_backward_kernel(
         if dbranch_ptr is not None:
             dbranch = scaled
             if norm_grad_ptr is not None:
-                scale = norm_gradient_scale(
-                    tl.load(norm_grad_ptr + row), diff_norm_ptr, row, NORM
-                )
+                scale = norm_gradient_scale(tl.load(norm_grad_ptr + row), diff_norm_ptr, row, NORM)
                 dbranch += norm_gradient(d, scale, NORM)
             dbranch = dbranch.to(dbranch_ptr.dtype.element_ty)
             tl.store(dbranch_ptr + row * D + columns, dbranch, mask=mask)

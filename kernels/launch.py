@@ -18,7 +18,7 @@ _SETTING = "TRSP_KERNELS"
 _MAX_BLOCK = 1024
 # 8 elements a thread: one 128-bit access in 16-bit dtypes, two in fp32.
 _ELEMENTS_PER_WARP = 256
-# A norm needs its whole row before it can write: the row is held in registers, 16 elements a thread.
+# A norm needs its whole row before it can write: registers hold it, 16 elements a thread.
 _ROW_ELEMENTS_PER_WARP = 512
 _MAX_ROW_WARPS = 16
 MAX_ROW = 8192

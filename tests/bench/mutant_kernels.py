@@ -156,16 +156,17 @@ MUTANTS = {
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, children = Path(sys.argv[1]), {}
     for jobs in sorted(folder.glob("*.json")):
         child = os.fork()
         if child == 0:
             MUTANTS[jobs.stem]()
             compile_file(jobs, jobs.with_suffix(".out.json"))
             sys.exit()
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(f"the mutant {jobs.stem} does not compile")
+        children[child] = jobs.stem
+    failed = [name for child, name in children.items() if os.waitpid(child, 0)[1]]
+    if failed:
+        sys.exit(f"these mutants do not compile: {failed}")
 
 
 if __name__ == "__main__":

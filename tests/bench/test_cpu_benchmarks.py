@@ -10,8 +10,8 @@ machine (`--benchmark-enable` overrides the setting):
 
 Records are JSON in .benchmarks/<platform>/, elsewhere with --benchmark-storage=FOLDER. The second
 command fails where a median grew by more than a tenth, where there is no record, and where the
-record is of another processor, number of cores or threads, or torch (tests/bench/conftest.py). On
-a machine that others use, medians of equal code differ by more: allow 25 % there.
+record is of another processor, number of cores or threads, or torch (tests/bench/conftest.py). Run
+both on an idle machine: beside other work the medians of equal code were seen 50 % apart.
 
 T = 512 tokens, D = 1024, fp32.
 """

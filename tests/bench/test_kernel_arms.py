@@ -102,3 +102,4 @@ def test_liger_is_not_offered_where_it_differs_in_more_than_it_must() -> None:
     assert "liger" in arms_of(KernelCase("gated_branch_rmsnorm"))
     assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", "mixed"))
     assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", gate_kind="output"))
+    assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", convention="gemma"))

@@ -1,4 +1,4 @@
-"""Two commits or two records: slower is found, noise is not, and what cannot be compared is named."""
+"""Two commits or two records: slower is found, noise is not, the incomparable is named."""
 
 import json
 import subprocess
@@ -137,6 +137,7 @@ def test_kernels_from_elsewhere_are_refused(tmp_path: Path) -> None:
         kernel_compare.refuse_other_kernels(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_commit_is_run_in_four_blocks_and_its_worktree_goes() -> None:
     git = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, check=False

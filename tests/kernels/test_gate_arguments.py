@@ -103,6 +103,7 @@ def test_gated_difference_refuses(
         ((X, X, X, GATE, WEIGHT), {"eps": 0.0}, ValueError, r"eps=0.0; expected .*such as 1e-6"),
         ((X, X, X, GATE, WEIGHT), {"eps": -1e-6}, ValueError, r"eps=-1e-06; expected"),
         ((X, X, X, GATE, WEIGHT), {"eps": float("nan")}, ValueError, r"eps=nan; expected"),
+        ((X, X, X, GATE, WEIGHT), {"eps": float("inf")}, ValueError, r"eps=inf; expected"),
         ((X, X, X, GATE, WEIGHT), {"convention": "t5"}, ValueError, r"convention='t5'; choose 'll"),
         ((X, X, X, GATE, WEIGHT), {"gate_kind": "both"}, ValueError, r"gate_kind='both'; choose"),
         ((X, X, X, GATE, WEIGHT), {"norm": "l3"}, ValueError, r"norm='l3'; choose 'l1', 'l2'"),

@@ -70,7 +70,7 @@ MUTANTS = [
 
 @contextlib.contextmanager
 def imported_anew() -> Iterator[None]:
-    """Inside, the ops and their tests are imported as if for the first time; then all is as before."""
+    """Inside, the ops and their tests are imported for the first time; then all is as before."""
     prefixes = ("trsp.kernels.", "trsp.bench.kernel_cases", "tests.kernels.test_")
     ours = {name: module for name, module in sys.modules.items() if name.startswith(prefixes)}
     attributes = dict(vars(PACKAGE))
