@@ -75,7 +75,8 @@ def variant_cases(dtypes: Sequence[str]) -> list[KernelCase]:
         cases += [replace(case, norm=norm) for norm in (None, "l1", "l2_squared")]
         cases.append(replace(case, gate_kind="output"))
         if case.op != "gated_difference":
-            # Without a norm gated_difference leaves x without gradient: no step as measured.
+            # gated_difference without a norm is z = s * y, so short that ptxas unrolls it with a
+            # remainder: its passes cannot be told from its machine code.
             cases.append(replace(case, gate_kind="output", norm=None))
             cases.append(replace(case, num_branches=1))
         if case.op == "gated_branch_rmsnorm":
@@ -197,7 +198,7 @@ def judge(
         documents.append(_document(key, launches, now, reasons))
     return {
         "kind": "static cost",
-        "meaning": "no known defect and no regression of the machine code; not a speed",
+        "meaning": "Machine code held to limits and to its baseline; not a speed",
         "triton": version,
         "full": full,
         "failed": failed,

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase, backward_passes, forward_passes
 from trsp.kernels.arguments import Convention, GateKind, Norm
-from trsp.kernels.launch import row_launch
+from trsp.kernels.launch import row_backward_launch
 
 Direction = Literal["forward", "backward"]
 # Bytes read and bytes written.
@@ -85,7 +85,7 @@ def allowance(case: KernelCase, direction: Direction, num_tokens: int) -> Allowa
     if case.op == "gated_branch_rmsnorm":
         vectors["rstd"] = written if forward else read
         if not forward:
-            resident = _INTERPRETED_WARPS // row_launch(case.hidden_size).num_warps
+            resident = _INTERPRETED_WARPS // row_backward_launch(case.hidden_size).num_warps
             num_programs = min(num_tokens, resident)
             rows["program_dweight"] = (0, num_programs * case.hidden_size * _FP32)
         itemsize = DTYPES[case.dtype][0].itemsize

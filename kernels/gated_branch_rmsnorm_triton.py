@@ -21,7 +21,12 @@ from trsp.kernels.gate_math_triton import (
     round_to,
 )
 from trsp.kernels.gated_branch_triton import gated_branch_backward
-from trsp.kernels.launch import as_rows, num_row_programs, row_launch
+from trsp.kernels.launch import (
+    as_rows,
+    num_row_programs,
+    row_backward_launch,
+    row_forward_launch,
+)
 
 __all__ = ["gated_branch_backward"]
 
@@ -201,7 +206,7 @@ def gated_branch_rmsnorm_forward(
                 GATE_KIND=gate_kind,
                 NORM=norm,
                 CONVENTION=convention,
-                **row_launch(x.shape[-1]).options(),
+                **row_forward_launch(x.shape[-1]).options(),
             )
     saved = attn_out if save_d and mlp_out is None else d
     return z, normed, rstd, saved, diff_norm, x_norm
@@ -229,7 +234,7 @@ def gated_branch_rmsnorm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dbranch (of both branches) if `branch_dtype`, dx, dgate, dweight."""
     hidden_size = z.shape[-1]
-    launch, num_rows = row_launch(hidden_size), z.numel() // hidden_size
+    launch, num_rows = row_backward_launch(hidden_size), z.numel() // hidden_size
     num_programs = num_row_programs(z, num_rows, launch)
     dbranch = None if branch_dtype is None else _contiguous_like(z, branch_dtype)
     dx = _contiguous_like(z, z.dtype) if need_dx else None

@@ -18,10 +18,15 @@ _SETTING = "TRSP_KERNELS"
 _MAX_BLOCK = 1024
 # 8 elements a thread: one 128-bit access in 16-bit dtypes, two in fp32.
 _ELEMENTS_PER_WARP = 256
-# A norm needs its whole row before it can write: registers hold it, 16 elements a thread.
-_ROW_ELEMENTS_PER_WARP = 512
-_MAX_ROW_WARPS = 16
+# A norm needs its whole row before it can write: registers hold it, 8 elements a thread. A backward
+# also holds its part of the weight's gradient: 32 warps of 64 registers would spill.
+_ROW_ELEMENTS_PER_WARP = 256
+_MAX_ROW_WARPS = 32
+_MAX_ROW_BACKWARD_WARPS = 16
 MAX_ROW = 8192
+# Left alone, ptxas aims at more resident warps and spills a register for them, or takes 139.
+_MAX_REGISTERS = 64
+_MAX_ROW_BACKWARD_REGISTERS = 128
 # 128 registers a thread fill a multiprocessor with 16 warps.
 _RESIDENT_ROW_WARPS = 16
 
@@ -32,6 +37,7 @@ class Launch:
 
     block: int
     num_warps: int
+    max_registers: int
 
     def options(self) -> dict[str, int | bool]:
         """Block and compiler options, each explicit.
@@ -43,6 +49,7 @@ class Launch:
             "BLOCK": self.block,
             "num_warps": self.num_warps,
             "num_stages": 1,
+            "maxnreg": self.max_registers,
             "enable_fp_fusion": False,
         }
 
@@ -50,13 +57,23 @@ class Launch:
 def gate_launch(hidden_size: int) -> Launch:
     """The launch of a gate kernel: one program a row, looping over blocks of D."""
     block = min(_MAX_BLOCK, 1 << (hidden_size - 1).bit_length())
-    return Launch(block, max(1, block // _ELEMENTS_PER_WARP))
+    return Launch(block, max(1, block // _ELEMENTS_PER_WARP), _MAX_REGISTERS)
 
 
-def row_launch(hidden_size: int) -> Launch:
-    """The launch of a kernel that holds a row of at most MAX_ROW elements in registers."""
+def row_forward_launch(hidden_size: int) -> Launch:
+    """The launch of a forward that holds a row of at most MAX_ROW elements in registers."""
+    return _row_launch(hidden_size, _MAX_ROW_WARPS, _MAX_REGISTERS)
+
+
+def row_backward_launch(hidden_size: int) -> Launch:
+    """The same of a backward: fewer warps with twice the registers."""
+    return _row_launch(hidden_size, _MAX_ROW_BACKWARD_WARPS, _MAX_ROW_BACKWARD_REGISTERS)
+
+
+def _row_launch(hidden_size: int, max_warps: int, max_registers: int) -> Launch:
     block = 1 << (hidden_size - 1).bit_length()
-    return Launch(block, min(_MAX_ROW_WARPS, max(1, block // _ROW_ELEMENTS_PER_WARP)))
+    num_warps = min(max_warps, max(1, block // _ROW_ELEMENTS_PER_WARP))
+    return Launch(block, num_warps, max_registers)
 
 
 def num_row_programs(x: Tensor, num_rows: int, launch: Launch) -> int:

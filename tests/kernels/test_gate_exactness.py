@@ -259,7 +259,7 @@ def test_the_weight_s_gradient_is_summed_in_a_fixed_order(device: str, need_rest
         need_dgate=False,
         need_dweight=True,
     )
-    num_programs = launch.num_row_programs(z, num_rows, launch.row_launch(hidden_size))
+    num_programs = launch.num_row_programs(z, num_rows, launch.row_backward_launch(hidden_size))
     if device == "cpu":
         assert 1 < num_programs < num_rows
     sums = torch.zeros(num_programs, hidden_size, device=device)

@@ -143,22 +143,30 @@ z, other, _ = gated_difference(x, z, gate)
     [(1, 1, 1), (60, 64, 1), (512, 512, 2), (768, 1024, 4), (1024, 1024, 4), (5120, 1024, 4)],
 )
 def test_launch_table(hidden_size: int, block: int, num_warps: int) -> None:
-    assert launch.gate_launch(hidden_size) == launch.Launch(block, num_warps)
+    assert launch.gate_launch(hidden_size) == launch.Launch(block, num_warps, 64)
     assert launch.gate_launch(hidden_size).options()["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "block", "num_warps"),
-    [(1, 1, 1), (60, 64, 1), (1025, 2048, 4), (4096, 4096, 8), (5120, 8192, 16), (8192, 8192, 16)],
+    ("hidden_size", "block", "forward_warps", "backward_warps"),
+    [(1, 1, 1, 1), (60, 64, 1, 1), (1025, 2048, 8, 8), (4096, 4096, 16, 16), (8192, 8192, 32, 16)],
 )
-def test_launch_table_of_whole_rows(hidden_size: int, block: int, num_warps: int) -> None:
-    assert launch.row_launch(hidden_size) == launch.Launch(block, num_warps)
-    assert launch.row_launch(hidden_size).options()["enable_fp_fusion"] is False
+def test_launch_table_of_whole_rows(
+    hidden_size: int, block: int, forward_warps: int, backward_warps: int
+) -> None:
+    forward = launch.row_forward_launch(hidden_size)
+    backward = launch.row_backward_launch(hidden_size)
+    assert forward == launch.Launch(block, forward_warps, 64)
+    assert backward == launch.Launch(block, backward_warps, 128)
+    # A multiprocessor has 65536 registers: what is asked for must fit, or nothing launches.
+    for shape in (forward, backward):
+        assert shape.num_warps * 32 * shape.max_registers <= 65536
+        assert shape.options()["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize(
     ("num_rows", "hidden_size", "num_programs"),
-    [(0, 4096, 0), (5, 4096, 5), (65536, 4096, 132 * 2), (65536, 8192, 132), (65536, 64, 132 * 16)],
+    [(0, 4096, 0), (5, 4096, 5), (65536, 2048, 264), (65536, 8192, 132), (65536, 64, 132 * 16)],
 )
 def test_programs_that_share_the_rows(
     monkeypatch: pytest.MonkeyPatch, num_rows: int, hidden_size: int, num_programs: int
@@ -167,6 +175,6 @@ def test_programs_that_share_the_rows(
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    shape = launch.row_launch(hidden_size)
+    shape = launch.row_backward_launch(hidden_size)
     x: Any = OnCuda()
     assert launch.num_row_programs(x, num_rows, shape) == num_programs
