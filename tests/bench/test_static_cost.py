@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from trsp.bench import static_baseline, static_cost
+from trsp.bench import static_baseline, static_cost, static_jobs
 from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase
 from trsp.bench.static_baseline import REGISTER_TOLERANCE, Entry, improvements, regressions
 from trsp.bench.static_limits import StaticKernel, refusals
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 Compiled = tuple[str, list[StaticKernel]]
 
 KERNELS = {f"_{op}_{direction}_kernel" for op in OPS for direction in ("forward", "backward")}
-CANONICAL = static_cost.canonical_cases((4096,))
-VARIANTS = static_cost.variant_cases(("bf16",))
+CANONICAL = static_jobs.canonical_cases((4096,))
+VARIANTS = static_jobs.variant_cases(("bf16",))
 GATES = [case for case in CANONICAL + VARIANTS if case.op != "gated_branch_rmsnorm"]
 
 
@@ -41,7 +41,7 @@ def compiled() -> Compiled:
     # The interpreter that this process uses must not reach the compiling ones.
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
-        return static_cost.compile_jobs(wanted)
+        return static_jobs.compile_jobs(wanted)
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_the_choices_are_those_of_the_ops() -> None:
         assert {case.gate_kind for case in own} == {"residual", "output"}
     assert {(case.op, case.num_branches) for case in cases} >= {(op, 1) for op in OPS[1:]}
     assert any(case.convention == "gemma" for case in cases)
-    full = static_cost.jobs(full=True)
-    assert set(static_cost.jobs(full=False)) < set(full)
+    full = static_jobs.jobs(full=True)
+    assert set(static_jobs.jobs(full=False)) < set(full)
     assert {case.hidden_size for _, case in full} == {2048, 3072, 4096, 5120, 8192}
     assert len(full) == len(set(full))
 
@@ -110,14 +110,14 @@ def test_no_kernel_is_refused_or_dearer_than_its_baseline(compiled: Compiled) ->
 
 def test_the_machine_code_is_the_same_on_a_second_compilation(compiled: Compiled) -> None:
     case = KernelCase("gated_branch_rmsnorm")
-    _, again = static_cost.compile_jobs([(90, case)])
+    _, again = static_jobs.compile_jobs([(90, case)])
     assert again == [k for k in compiled[1] if (k.capability, k.case) == (90, case)]
 
 
 def test_a_process_that_fails_says_why() -> None:
     command = (sys.executable, "-c", "raise SystemExit('no compiler here')")
     with pytest.raises(RuntimeError, match="no compiler here"):
-        static_cost.compile_jobs([(90, KernelCase("gated_branch"))], command)
+        static_jobs.compile_jobs([(90, KernelCase("gated_branch"))], command)
 
 
 # The mutant, the case it changes, the direction, and the reason that must be among those named.
