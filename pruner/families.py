@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from trsp.pruner.errors import UserError
@@ -56,11 +57,20 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def probe_tokens(model: PreTrainedModel) -> Tensor:
-    """Token ids [1, at most 8] that any model accepts."""
+@torch.no_grad()
+def run_probe(model: PreTrainedModel, hooks: list[RemovableHandle]) -> None:
+    """One forward pass in eval mode on at most eight tokens; removes the hooks that watch it."""
     config = text_config(model)
     length = min(8, getattr(config, "max_position_embeddings", 8))
-    return torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
+    tokens = torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
+    was_training = model.training
+    try:
+        model.eval()
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -101,14 +111,7 @@ def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
 
     for index in range(len(layers)):
         watch_layer(index)
-    was_training = model.training
-    try:
-        model.eval()
-        model(input_ids=probe_tokens(model), use_cache=False)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    run_probe(model, handles)
     return tuple(
         _match_branches(inputs[index], outputs[index], children[index])
         for index in range(len(layers))

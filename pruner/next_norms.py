@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trsp.kernels.arguments import Convention
 from trsp.kernels.launch import MAX_ROW
 from trsp.kernels.reference import rmsnorm
-from trsp.pruner.families import decoder_layers, probe_tokens
+from trsp.pruner.families import decoder_layers, run_probe
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,7 @@ def find_next_norms(model: PreTrainedModel) -> tuple[NextNorm | None, ...]:
     for module in model.modules():
         if _eps_of(module) is not None:
             handles.append(module.register_forward_hook(after_norm))
-    was_training = model.training
-    try:
-        model.eval()
-        model(input_ids=probe_tokens(model), use_cache=False)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    run_probe(model, handles)
     readers: dict[int, NextNorm] = {}
     for index, boundary in boundaries.items():
         for module, read in calls:
