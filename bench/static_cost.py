@@ -34,6 +34,9 @@ from trsp.bench.static_limits import (
 )
 
 
+_LOG_WIDTH = 180
+
+
 def run_static(*, full: bool, out: Path | None, update_baseline: bool) -> dict[str, Any]:
     """Compile, judge and compare; `failed` lists every reason, empty if all is well.
 
@@ -128,6 +131,9 @@ def show_static(record: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(record, indent=1))
         return
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        # Into a log or a pipe: 80 columns, what rich assumes there, would break every cell.
+        console = Console(soft_wrap=True, width=_LOG_WIDTH)
     console.print(cost_table(record))
     for step in record["improved"]:
         console.print(f"cheaper than the baseline: {step}", highlight=False)

@@ -280,7 +280,7 @@ def test_a_16_bit_branch_beside_a_wider_stream_is_counted_in_bytes(compiled: Com
 
 
 def test_warps_that_fit_a_multiprocessor(compiled: Compiled) -> None:
-    kernel = replace(compiled[1][0], num_warps=8, shared_bytes=0)
+    kernel = replace(compiled[1][0], capability=80, num_warps=8, shared_bytes=0)
 
     def resident(registers: int, **changed: Any) -> int:
         code = replace(kernel.code, registers=registers)
