@@ -191,9 +191,14 @@ def measure_peaks(shape: Shape) -> dict[Arm, int | None]:
 def largest_relative_difference(losses: dict[Arm, list[float]]) -> dict[str, float]:
     """Of each fused arm's losses to the eager arm's, over all steps."""
     return {
-        arm: max(
-            abs(one - other) / abs(other)
-            for one, other in zip(losses[arm], losses["eager"], strict=True)
+        # torch's maximum of a NaN is NaN; Python's may be anything.
+        arm: float(
+            torch.tensor(
+                [
+                    abs(one - other) / abs(other)
+                    for one, other in zip(losses[arm], losses["eager"], strict=True)
+                ]
+            ).max()
         )
         for arm in ARMS
         if arm != "eager"
@@ -248,8 +253,8 @@ def main() -> int:
     record = {"shape": asdict(shape), **compare_arms(shape), "peak_bytes": measure_peaks(shape)}
     write_record(out, {"kind": "fused training", **record})
     Console().print(results_table(record))
-    worst = max(record["largest_relative_difference"].values())
-    return int(worst > record["tolerance"])
+    differences = record["largest_relative_difference"].values()
+    return int(not all(difference <= record["tolerance"] for difference in differences))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from trsp.pruner.errors import RunError, UserError
 
 MIN_LIMIT = 0.05
 NOISE_FACTOR = 3.0
+# Beyond it a comparison could not have seen what it is for.
+MAX_LIMIT = 0.25
 DRY_RUN = "dry run: not a comparison"
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("bench", "pruner", "serving")
 _DIRECTIONS = ("forward", "backward", "both")
 
-Verdict = Literal["ok", "SLOWER", "not compared"]
+Verdict = Literal["ok", "SLOWER", "TOO NOISY", "not compared"]
 # Median microseconds by case and direction, as "case forward".
 Times = Mapping[str, float]
 
@@ -235,6 +237,9 @@ def show_comparison(document: dict[str, Any], *, as_json: bool) -> None:
 
 def _decide(name: str, ratio: float, noise: float) -> Comparison:
     limit = max(MIN_LIMIT, NOISE_FACTOR * noise)
+    if limit > MAX_LIMIT and ratio <= 1 + limit:
+        reason = f"noise of {noise:.0%} hides anything below {limit:.0%}"
+        return Comparison(name, "TOO NOISY", ratio, noise, limit, reason)
     return Comparison(name, "SLOWER" if ratio > 1 + limit else "ok", ratio, noise, limit)
 
 

@@ -1,6 +1,7 @@
 """`trsp bench kernels`: one run from the plan to the record, and its table."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,10 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trsp.bench.kernel_bars import judge_bars
+from trsp.bench.kernel_bars import BARS, Bar, applies, judge_bars
 from trsp.bench.kernel_plan import Item, check_selection, plan_dry_run, plan_items
 from trsp.bench.kernel_speed import DIRECTIONS, ROUNDS, WARMUP_ROUNDS, failures, measure
 from trsp.bench.record import write_record
+from trsp.kernels.launch import choose_backend
 from trsp.pruner.errors import UserError
 
 DEFAULT_MINUTES = 8.0
@@ -81,7 +83,7 @@ def run_kernels(
         document["bars"] = [] if dry_run else judge_bars(results)
         document["failed"] = failures(results)
         if bars and not dry_run:
-            document["failed"] += failed_bars(document["bars"], left)
+            document["failed"] += failed_bars(document["bars"], results, left)
         if path is not None:
             write_record(path, document)
 
@@ -99,13 +101,25 @@ def run_kernels(
     return document
 
 
-def failed_bars(bars: Sequence[dict[str, Any]], left: Sequence[Item]) -> list[str]:
-    """Bars that were missed, and those that nobody measured because time ran out before them."""
+def _is_held_to(bar: Bar, result: dict[str, Any]) -> bool:
+    size = (result["op"], result["dtype"], result["tokens"], result["tensor_bytes"])
+    return applies(bar, *size)
+
+
+def failed_bars(
+    bars: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], left: Sequence[Item]
+) -> list[str]:
+    """Bars that were missed or could not be measured, and those that time ran out before."""
     found = [
         f"bar: {bar['bar']}: {bar['measured']:.3g}, expected at "
         f"{'most' if bar['at_most'] else 'least'} {bar['bound']:g} ({bar['worst_case']})"
         for bar in bars
         if bar["met"] == "NO"
+    ]
+    found += [
+        f"bar: {bar.name}: not measured, although its sizes were tried"
+        for bar, judged in zip(BARS, bars, strict=True)
+        if judged["met"] == "not measured" and any(_is_held_to(bar, result) for result in results)
     ]
     waiting = [item.name for item in left if item.for_bars]
     if waiting:
@@ -119,6 +133,12 @@ def require_cuda() -> None:
         raise UserError(
             "trsp bench kernels: no CUDA device here; use --dry-run (every arm once, no times), "
             "--static (machine code) or --traffic (bytes moved), or run it on a GPU machine"
+        )
+    backend = choose_backend(torch.empty(1, device="cuda"))
+    if backend != "triton" or os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError(
+            f"trsp bench kernels: the fused arm would be the {backend} path or interpreted; "
+            "unset TRSP_KERNELS and TRITON_INTERPRET, and install triton"
         )
 
 

@@ -93,14 +93,18 @@ def measure_item(
         "status": "correct",
         "arms": {},
     }
-    problem = make_problem(case, item.tokens, device)
-    ready, result["arms"] = _check_arms(item, problem, result)
+    try:
+        problem = make_problem(case, item.tokens, device)
+        ready, result["arms"] = _check_arms(item, problem, result)
+    except torch.OutOfMemoryError:
+        result["status"] = "not timed: out of memory"
+        return result
     if result["status"] == "correct":
         # Out of memory, or a host too slow to keep the GPU fed: named, and it fails the run.
         try:
             _time_arms(problem, ready, result, clock, rounds, dry_run)
         except RuntimeError as error:
-            result["status"] = f"not timed: {str(error).strip().splitlines()[:1]}"
+            result["status"] = f"not timed: {(str(error).strip().splitlines() or [''])[0]}"
         result["bars"] = bars_of(result)
     if isinstance(clock, EventClock):
         result["peak_bytes"] = torch.cuda.max_memory_allocated()

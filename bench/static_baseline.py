@@ -85,6 +85,10 @@ def regressions(found: list[Entry], accepted: list[Entry]) -> list[str]:
             for name, bar in bars.items()
             if now[name] > bar
         ]
+        if now["resident_warps"] < then["resident_warps"]:
+            reasons.append(
+                f"{now['resident_warps']} resident warps, baseline {then['resident_warps']}"
+            )
         for name in ("loads", "stores"):
             if sum(now[name].values()) > sum(then[name].values()):
                 reasons.append(f"more {name} than the baseline: {now[name]}, was {then[name]}")

@@ -33,7 +33,6 @@ from trsp.bench.static_limits import (
     refusals,
 )
 
-
 _LOG_WIDTH = 180
 
 

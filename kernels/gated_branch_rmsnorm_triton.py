@@ -129,8 +129,6 @@ def _gated_branch_rmsnorm_backward_kernel(
         dnormed = tl.load(
             dnormed_ptr + row * dnormed_row_stride + columns, mask=mask, other=0.0
         ).to(tl.float32)
-        if d_ptr is not None:
-            d = tl.load(d_ptr + row * d_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
         normed = z * rstd
         dweight += dnormed * normed
         dnormed *= gain
@@ -140,6 +138,9 @@ def _gated_branch_rmsnorm_backward_kernel(
             own_dz = tl.load(dz_ptr + row * dz_row_stride + columns, mask=mask, other=0.0)
             dz = own_dz.to(tl.float32) + dz
         scaled = gate * dz
+        # After the sum over the row: before it, registers are short.
+        if d_ptr is not None:
+            d = tl.load(d_ptr + row * d_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
         if dx_ptr is not None:
             dx = dz
             if GATE_KIND == "output":

@@ -142,7 +142,8 @@ class GatedModel:
         self._handles.clear()
         self._captured.clear()
         self._normed_ahead = None
-        for module, forward in self._own_forwards:
+        # A module that two layers share was replaced twice: the first replaced is its own.
+        for module, forward in reversed(self._own_forwards):
             if forward is None:
                 del module.forward
             else:  # somebody else's patch of this instance, such as accelerate's
@@ -163,6 +164,7 @@ class GatedModel:
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; the KV cache is off (masked layers leave holes)."""
         self.differences.clear()
+        self._normed_ahead = None
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -217,11 +219,11 @@ class GatedModel:
         return forward
 
     def _norm_forward(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor) -> Tensor:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             ahead, self._normed_ahead = self._normed_ahead, None
-            if ahead is not None and ahead[0] is hidden_states:
+            if ahead is not None and ahead[0] is hidden_states and not (args or kwargs):
                 return ahead[1]
-            return original(hidden_states)
+            return original(hidden_states, *args, **kwargs)
 
         return forward
 

@@ -55,8 +55,10 @@ def find_next_norms(model: PreTrainedModel) -> tuple[NextNorm | None, ...]:
     def after_last(_: nn.Module, _args: Any, output: Tensor) -> None:
         boundaries[len(layers)] = output
 
-    def after_norm(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1 and isinstance(output, Tensor):
+    def after_norm(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if len(args) == 1 and not kwargs and isinstance(output, Tensor):
             calls.append((module, args[0]))
 
     for index in range(len(layers)):
@@ -64,7 +66,7 @@ def find_next_norms(model: PreTrainedModel) -> tuple[NextNorm | None, ...]:
     handles.append(layers[-1].register_forward_hook(after_last))
     for module in model.modules():
         if _eps_of(module) is not None:
-            handles.append(module.register_forward_hook(after_norm))
+            handles.append(module.register_forward_hook(after_norm, with_kwargs=True))
     run_probe(model, handles)
     readers: dict[int, NextNorm] = {}
     for index, boundary in boundaries.items():

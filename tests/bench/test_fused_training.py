@@ -37,6 +37,14 @@ def test_losses_part_where_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert differences["gate"] > TOLERANCE["fp32"]
 
 
+def test_a_loss_that_is_not_a_number_is_no_agreement() -> None:
+    nan = float("nan")
+    losses = {"eager": [1.0, 1.0, 1.0], "gate": [1.0, nan, 1.0], "gate + norm": [1.0] * 3}
+    differences = fused_training.largest_relative_difference(losses)  # type: ignore[arg-type]
+    assert not differences["gate"] <= TOLERANCE["fp32"]
+    assert differences["gate + norm"] == 0
+
+
 def test_every_arm_s_peak_is_measured() -> None:
     """Linux tells it; elsewhere the table says unknown."""
     assert {type(peak_bytes(arm, SHAPE)) for arm in ARMS} <= {int, type(None)}

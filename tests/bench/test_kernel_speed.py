@@ -202,7 +202,7 @@ def test_bars_are_reached_missed_or_not_measured() -> None:
         "gate x compiled explicit",
         "saved beyond 1 tensor, bytes a token",
     ]
-    assert len(failed_bars(judge_bars([good]), [])) == 3
+    assert len(failed_bars(judge_bars([good]), [good], [])) == 3
 
 
 def test_small_tensors_and_other_dtypes_are_not_held_to_bars() -> None:
@@ -213,7 +213,7 @@ def test_small_tensors_and_other_dtypes_are_not_held_to_bars() -> None:
 
 def test_a_bar_that_time_ran_out_for_is_a_failure() -> None:
     item = plan_items()[0]
-    assert "time ran out" in failed_bars([], [item])[0]
+    assert "time ran out" in failed_bars(judge_bars([]), [], [item])[0]
 
 
 def test_the_plan_has_every_size_once_and_what_bars_need_first() -> None:

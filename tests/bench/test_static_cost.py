@@ -180,6 +180,7 @@ def test_an_intact_direction_of_a_mutant_is_not_refused(
     [
         ({"registers": 48 + REGISTER_TOLERANCE + 1}, "53 registers, baseline 48"),
         ({"barriers": 3}, "3 barriers, baseline 2"),
+        ({"resident_warps": 32}, "32 resident warps, baseline 40"),
         ({"spills": 1}, "1 spills, baseline 0"),
         ({"shared_bytes": 4096}, "4096 shared bytes, baseline 16"),
         ({"instructions": 316}, "316 instructions, baseline 300"),

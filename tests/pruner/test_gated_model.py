@@ -287,6 +287,15 @@ def test_a_norm_called_on_another_tensor_computes_its_own(model: PreTrainedModel
         assert torch.equal(gated.logits(TOKENS), dense)
 
 
+def test_a_norm_shared_by_two_layers_is_restored(model: PreTrainedModel) -> None:
+    layers: Any = decoder_layers(model)
+    layers[2].input_layernorm = layers[1].input_layernorm
+    with GatedModel(model, fuse_norms="on") as gated:
+        gated.gated, gated.gates = frozenset({0, 1}), torch.ones(3)
+        gated.logits(TOKENS)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_fused_norms_are_refused_with_checkpointing(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="choose 'auto' or 'off'"):
         GatedModel(model, fuse_norms="on", checkpoint_activations=True)
