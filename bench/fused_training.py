@@ -55,7 +55,11 @@ def eager_gated_branch(
     norm: str | None,
     ref_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`gated_branch` of a residual gate with an l2 norm, as one writes it under plain autograd."""
+    """`gated_branch` of a residual gate with an l2 norm, as one writes it under plain autograd.
+
+    Not an arm of trsp.bench.kernel_arms: those round y, or upcast it, as the op and transformers
+    do, which is another arithmetic and keeps other tensors for backward.
+    """
     if gate_kind != "residual" or norm not in (None, "l2"):
         raise ValueError(f"no eager form of gate_kind={gate_kind!r}, norm={norm!r}")
     z = (x + gate * (attn_out.float() + mlp_out.float())).to(x.dtype)

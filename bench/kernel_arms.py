@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trsp.bench.kernel_cases import DTYPES, KernelCase, Passes, Problem, fused_forward
+from trsp.bench.kernel_cases import DTYPES, EPS, KernelCase, Passes, Problem, fused_forward
 from trsp.kernels.arguments import Convention
 from trsp.kernels.gated_branch import gated_branch_reference
 from trsp.kernels.gated_branch_rmsnorm import gated_branch_rmsnorm_reference
@@ -34,7 +34,6 @@ Arm = Literal[
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 COMPILED_ARMS: tuple[Arm, ...] = ("compile_natural", "compile_explicit")
-EPS = 1e-6
 LIGER_DIFFERS = (
     "Liger-Kernel's fused_add_rms_norm: z = x + attn_out and its norm; no gate, no second branch, "
     "no norm of the difference"

@@ -26,11 +26,29 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "mixed": (torch.float32, torch.bfloat16),
 }
+# Of the RMSNorm, in every arm and in what they are held to.
+EPS = 1e-6
+
+
+def dtypes_of(op: Op) -> tuple[str, ...]:
+    """The dtypes that an op is measured in, in the order of DTYPES.
+
+    gated_difference has no mixed one: its x and y are one residual stream.
+    """
+    return tuple(
+        name
+        for name, (stream, branch) in DTYPES.items()
+        if stream == branch or op != "gated_difference"
+    )
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One op with its choices; `norm` also asks for `ref_norm`, as the training stages do."""
+    """One op with its choices; `norm` also asks for `ref_norm`, as the training stages do.
+
+    Raises:
+        ValueError: the op has no such dtype.
+    """
 
     op: Op
     dtype: str = "bf16"
@@ -39,6 +57,12 @@ class KernelCase:
     gate_kind: GateKind = "residual"
     num_branches: int = 2
     convention: Convention = "llama"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in dtypes_of(self.op):
+            raise ValueError(
+                f"{self.op} is not measured in {self.dtype}; choose {', '.join(dtypes_of(self.op))}"
+            )
 
     @property
     def name(self) -> str:
@@ -149,7 +173,7 @@ def fused_forward(problem: Problem) -> dict[str, Tensor]:
     else:
         weight = inputs["weight"]
         z, normed, diff_norm, x_norm = gated_branch_rmsnorm(
-            x, attn_out, mlp_out, gate, weight, eps=1e-6, convention=case.convention, **choices
+            x, attn_out, mlp_out, gate, weight, eps=EPS, convention=case.convention, **choices
         )
         named = {"z": z, "normed": normed, "diff_norm": diff_norm, "x_norm": x_norm}
     return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trsp.pruner.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from trsp.bench.kernel_plan import Item
 
 MIN_LIMIT = 0.05
 NOISE_FACTOR = 3.0
@@ -144,15 +147,13 @@ def compare_with_record(
     Raises:
         UserError: the file is no record of this benchmark, or there is no CUDA device.
     """
-    past = _read_record(path)
-    from trsp.bench.kernel_cases import KernelCase
-    from trsp.bench.kernel_plan import Item
-    from trsp.bench.kernel_run import require_cuda
+    past, items = _read_record(path)
+    from trsp.bench.kernel_run import require_fused_kernels
     from trsp.bench.kernel_speed import failures, measure
     from trsp.bench.record import environment
 
     if not dry_run:
-        require_cuda()
+        require_fused_kernels()
     differing = incomparable(identity(past), identity({"environment": environment()}))
     if past.get("dry_run") is not False:
         differing.append("the record is of a dry run")
@@ -161,11 +162,6 @@ def compare_with_record(
     if differing or dry_run:
         document["failed"] = [f"not comparable: {reason}" for reason in differing]
         return document
-    items = [
-        Item(KernelCase(**result["case"]), result["tokens"], ("fused",))
-        for result in past["results"]
-        if "forward" in result["arms"].get("fused", {})
-    ]
     results, left = measure(items, device="cuda", seconds=60 * minutes, progress=progress)
     compared = compare_records(past, {"results": results})
     return _finish(document, compared, failures(results) + [f"left out: {i.name}" for i in left])
@@ -185,10 +181,10 @@ def compare_with_commit(
         UserError: there is no CUDA device, no git, or no such commit. RunError: a block failed.
     """
     from trsp.bench.kernel_plan import plan_comparison
-    from trsp.bench.kernel_run import require_cuda
+    from trsp.bench.kernel_run import require_fused_kernels
 
     if not dry_run:
-        require_cuda()
+        require_fused_kernels()
     items = plan_comparison(ops=ops, dtype=dtype, dry_run=dry_run)
     with _kernels_of(commit) as (full_commit, past_kernels):
         document = _document(f"commit {full_commit}", dry_run)
@@ -270,7 +266,8 @@ def _timings(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> tuple[dict[str, Any], list["Item"]]:
+    """The record, and the fused op alone of every case that it has times of."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -279,7 +276,20 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is no record of `trsp bench kernels`")
     if record.get("schema_version") != 1:
         raise UserError(f"{path}: schema_version is {record.get('schema_version')!r}, expected 1")
-    return record
+    from trsp.bench.kernel_cases import KernelCase
+    from trsp.bench.kernel_plan import Item
+
+    try:
+        # All that a comparison reads is read here once, before minutes of measuring.
+        identity(record)
+        compare_records(record, record)
+        return record, [
+            Item(KernelCase(**result["case"]), result["tokens"], ("fused",))
+            for result in record["results"]
+            if "forward" in result["arms"].get("fused", {})
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: is no whole record of `trsp bench kernels`: {error!r}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from trsp.bench.kernel_arms import COMPILED_ARMS, Arm, arms_of
 from trsp.bench.kernel_bars import BAR_DTYPE
-from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase
+from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase, Op, dtypes_of
 from trsp.kernels.launch import MAX_ROW
 from trsp.pruner.errors import UserError
 
@@ -63,12 +63,12 @@ def plan_items(
 
     A selection is measured with all arms at each of its sizes.
     """
-    chosen = [op for op in OPS if ops is None or op in ops]
+    main = dtype or BAR_DTYPE
+    chosen = _chosen(ops, main)
     if hidden_sizes or tokens:
         sizes = [(T, D) for D in hidden_sizes or HIDDEN_SIZES for T in tokens or TOKENS]
-        cases = [(KernelCase(op, dtype or "bf16", D), T) for T, D in sizes for op in chosen]
-        return [Item(case, T, arms_of(case), case.dtype == BAR_DTYPE) for case, T in cases]
-    main = dtype or "bf16"
+        cases = [(KernelCase(op, main, D), T) for T, D in sizes for op in chosen]
+        return [Item(case, T, arms_of(case), main == BAR_DTYPE) for case, T in cases]
     first = [
         Item(case, T, arms_of(case), main == BAR_DTYPE)
         for T, D in _BAR_SIZES
@@ -95,9 +95,7 @@ def plan_items(
         others += [
             Item(case, tokens_of_others, without_compile(case))
             for other in ("fp32", "mixed")
-            for op in chosen
-            # x and y are one residual stream: there is no mixed difference.
-            if not (op == "gated_difference" and other == "mixed")
+            for op in _chosen(ops, other)
             for case in [KernelCase(op, other, hidden_size)]
         ]
     return first + others + rest
@@ -105,15 +103,12 @@ def plan_items(
 
 def plan_dry_run(*, ops: Sequence[str] | None = None, dtype: str | None = None) -> list[Item]:
     """Every op and every arm at a tiny size, odd and even."""
-    items = []
-    for op in OPS:
-        if ops is None or op in ops:
-            for tokens, hidden_size in DRY_RUN_SIZES:
-                case = KernelCase(op, dtype or "bf16", hidden_size)
-                compiled = (tokens, hidden_size) == DRY_RUN_SIZES[0]
-                items.append(
-                    Item(case, tokens, arms_of(case) if compiled else without_compile(case))
-                )
+    main, items = dtype or BAR_DTYPE, []
+    for op in _chosen(ops, main):
+        for tokens, hidden_size in DRY_RUN_SIZES:
+            case = KernelCase(op, main, hidden_size)
+            compiled = (tokens, hidden_size) == DRY_RUN_SIZES[0]
+            items.append(Item(case, tokens, arms_of(case) if compiled else without_compile(case)))
     return items
 
 
@@ -121,12 +116,9 @@ def plan_comparison(
     *, ops: Sequence[str] | None = None, dtype: str | None = None, dry_run: bool = False
 ) -> list[Item]:
     """The fused op alone, where its bars are."""
-    sizes = DRY_RUN_SIZES if dry_run else _BAR_SIZES
+    sizes, main = DRY_RUN_SIZES if dry_run else _BAR_SIZES, dtype or BAR_DTYPE
     return [
-        Item(KernelCase(op, dtype or "bf16", D), T, ("fused",))
-        for T, D in sizes
-        for op in OPS
-        if ops is None or op in ops
+        Item(KernelCase(op, main, D), T, ("fused",)) for T, D in sizes for op in _chosen(ops, main)
     ]
 
 
@@ -143,7 +135,9 @@ def check_selection(
     dtype: str | None = None,
     minutes: float | None = None,
 ) -> None:
-    """Refuse a selection that names nothing that can be measured.
+    """Refuse a selection that names what cannot be measured.
+
+    Without `ops`, those that have the dtype are measured; one that is named must have it.
 
     Raises:
         UserError: names the value and what could stand there.
@@ -153,6 +147,10 @@ def check_selection(
             raise UserError(f"--op {op}: unknown; choose {', '.join(OPS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; choose {', '.join(DTYPES)}")
+    for op in OPS:
+        if dtype is not None and op in (ops or ()) and dtype not in dtypes_of(op):
+            known = ", ".join(dtypes_of(op))
+            raise UserError(f"--op {op} --dtype {dtype}: nothing to measure; choose {known}")
     for name, values in (("--hidden-size", hidden_sizes), ("--tokens", tokens)):
         for value in values or ():
             if value < 1:
@@ -161,3 +159,8 @@ def check_selection(
         raise UserError(f"--hidden-size {max(hidden_sizes or ())}: expected at most {MAX_ROW}")
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes {minutes:g}: expected more than 0")
+
+
+def _chosen(ops: Sequence[str] | None, dtype: str) -> list[Op]:
+    """The ops that were asked for, or all, and that have this dtype."""
+    return [op for op in OPS if (not ops or op in ops) and dtype in dtypes_of(op)]

@@ -23,7 +23,8 @@ from trsp.pruner.errors import UserError
 
 DEFAULT_MINUTES = 8.0
 _TABLE_WIDTH = 190
-RECORDS = Path("bench/records")
+_ROOT = Path(__file__).resolve().parent.parent
+RECORDS = _ROOT / "bench" / "records"
 DRY_RUN = "dry run: nothing was timed"
 _NVIDIA_SMI_FIELDS = (
     "name",
@@ -51,12 +52,12 @@ def run_kernels(
 ) -> dict[str, Any]:
     """Measure on CUDA, or go through everything once on the CPU; the record, as it was written.
 
-    On CUDA the record is written after every case, so that an interrupted run has left one. A dry
-    run writes only where `out` says.
+    On CUDA the record is written after every case, so that an interrupted run has left one, to
+    `out` or `default_record`. A dry run writes only where `out` says.
 
     Raises:
-        UserError: there is no CUDA device, the selection names nothing, or a dry run is to be
-            written among the records.
+        UserError: the fused ops cannot run as kernels here, the selection names what cannot be
+            measured, or a dry run is to be written among the records.
     """
     check_selection(ops=ops, hidden_sizes=hidden_sizes, tokens=tokens, dtype=dtype, minutes=minutes)
     minutes = DEFAULT_MINUTES if minutes is None else minutes
@@ -65,9 +66,9 @@ def run_kernels(
         items = plan_dry_run(ops=ops, dtype=dtype)
         path = out
     else:
-        require_cuda()
+        require_fused_kernels()
         items = plan_items(ops=ops, hidden_sizes=hidden_sizes, tokens=tokens, dtype=dtype)
-        path = out or RECORDS / f"kernels-{gpu_slug()}.json"
+        path = out or default_record(gpu_slug())
     document: dict[str, Any] = {
         "benchmark": "kernels",
         "dry_run": dry_run,
@@ -127,26 +128,40 @@ def failed_bars(
     return found
 
 
-def require_cuda() -> None:
-    """Say what can be done without a GPU, where there is none."""
+def require_fused_kernels() -> None:
+    """Refuse to measure where the fused arm would not be the Triton kernels on a GPU.
+
+    Raises:
+        UserError: there is no CUDA device, or the ops would take another path on it.
+    """
     if not torch.cuda.is_available():
         raise UserError(
             "trsp bench kernels: no CUDA device here; use --dry-run (every arm once, no times), "
             "--static (machine code) or --traffic (bytes moved), or run it on a GPU machine"
         )
-    backend = choose_backend(torch.empty(1, device="cuda"))
-    if backend != "triton" or os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise UserError(
-            f"trsp bench kernels: the fused arm would be the {backend} path or interpreted; "
-            "unset TRSP_KERNELS and TRITON_INTERPRET, and install triton"
-        )
+    try:
+        path: str = choose_backend(torch.empty(1, device="cuda"))
+    except ValueError as error:
+        raise UserError(f"trsp bench kernels: {error}") from error
+    if path == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return
+    if path == "triton":
+        path = "interpreter"
+    raise UserError(
+        f"trsp bench kernels: the fused arm would be the {path}; "
+        "unset TRSP_KERNELS and TRITON_INTERPRET, and install triton"
+    )
+
+
+def default_record(gpu: str) -> Path:
+    """Among the records of the checkout that runs; of an installed trsp in the current folder."""
+    is_checkout = (_ROOT / "pyproject.toml").is_file()
+    return (RECORDS if is_checkout else Path()) / f"kernels-{gpu}.json"
 
 
 def refuse_as_record(out: Path | None) -> None:
     """A dry run is no measurement: it is not kept among those."""
-    if out is not None and out.resolve().is_relative_to(
-        Path(__file__).resolve().parent / "records"
-    ):
+    if out is not None and out.resolve().is_relative_to(RECORDS):
         raise UserError(f"{out}: a dry run is not written into bench/records; choose another path")
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,17 @@ DIRECTIONS = ("forward", "backward", "both")
 ROUNDS = 25
 WARMUP_ROUNDS = 4
 _COPY = "copy"
+_OUT_OF_MEMORY = "out of memory"
 
 Progress = Callable[[str], None]
+
+
+class _ArmOutOfMemoryError(RuntimeError):
+    """An arm that ran once had no memory left when it was timed."""
+
+    def __init__(self, arm: Arm) -> None:
+        super().__init__(f"{arm}: {_OUT_OF_MEMORY}")
+        self.arm = arm
 
 
 def measure(
@@ -97,14 +107,15 @@ def measure_item(
         problem = make_problem(case, item.tokens, device)
         ready, result["arms"] = _check_arms(item, problem, result)
     except torch.OutOfMemoryError:
-        result["status"] = "not timed: out of memory"
+        result["status"] = f"not timed: {_OUT_OF_MEMORY}"
         return result
     if result["status"] == "correct":
-        # Out of memory, or a host too slow to keep the GPU fed: named, and it fails the run.
+        # The fused op or the copy out of memory, or a host too slow to keep the GPU fed: named,
+        # and it fails the run.
         try:
             _time_arms(problem, ready, result, clock, rounds, dry_run)
         except RuntimeError as error:
-            result["status"] = f"not timed: {(str(error).strip().splitlines() or [''])[0]}"
+            result["status"] = f"not timed: {_first_line(error)}"
         result["bars"] = bars_of(result)
     if isinstance(clock, EventClock):
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -170,10 +181,10 @@ def _check_arms(
         except ArmUnavailableError as error:
             row["status"] = f"not run: {error}"
         except torch.OutOfMemoryError:
-            row["status"] = "out of memory"
+            row["status"] = _OUT_OF_MEMORY
         # Torch, Inductor or Liger may fail in any way; it is named, and it fails the run.
         except Exception as error:
-            row["status"] = f"error: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            row["status"] = f"error: {type(error).__name__}: {_first_line(error)}"
         else:
             outputs = {name: tensor.detach() for name, tensor in outputs.items()}
             if arm == "fused":
@@ -207,15 +218,23 @@ def _time_arms(
     rounds: int,
     dry_run: bool,
 ) -> None:
-    """Write times and shares into the result's rows; a dry run runs it all and writes nothing."""
+    """Write times and shares into the result's rows; a dry run runs it all and writes nothing.
+
+    An arm that runs out of memory is marked so, and left out from that direction on.
+    """
     source = problem.dz
     target = torch.empty_like(source)
     copy = Action(_COPY, lambda: None, lambda _: target.copy_(source))
+    time_all = partial(
+        interleave, clock=clock, rounds=rounds, warmup_rounds=0 if dry_run else WARMUP_ROUNDS
+    )
+    fitting = list(arms)
     for direction in DIRECTIONS:
-        actions = [copy, *(_action(arm, direction, problem) for arm in arms)]
-        timings = interleave(
-            actions, clock, rounds=rounds, warmup_rounds=0 if dry_run else WARMUP_ROUNDS
-        )
+        actions = {arm: _action(arm, direction, problem) for arm in fitting}
+        timings, too_large = _time_what_fits(copy, actions, time_all)
+        for arm in too_large:
+            result["arms"][arm]["status"] = _OUT_OF_MEMORY
+            fitting.remove(arm)
         if dry_run:
             continue
         copy_bandwidth = 2 * source.nbytes / timings[_COPY].median_us
@@ -223,8 +242,31 @@ def _time_arms(
             **asdict(timings[_COPY]),
             "gb_per_s": copy_bandwidth / 1e3,
         }
-        for arm in arms:
+        for arm in fitting:
             _write_times(result["arms"][arm], arm, direction, timings[arm], problem, copy_bandwidth)
+
+
+def _time_what_fits(
+    copy: Action,
+    actions: dict[Arm, Action],
+    time_all: Callable[[Sequence[Action]], dict[str, Timing]],
+) -> tuple[dict[str, Timing], list[Arm]]:
+    """Times of the copy and of the arms that fit, and the arms that do not.
+
+    Raises:
+        RuntimeError: the fused op or the copy does not fit: nothing is left to compare.
+    """
+    too_large: list[Arm] = []
+    while True:
+        fitting = [action for arm, action in actions.items() if arm not in too_large]
+        try:
+            return time_all([copy, *fitting]), too_large
+        except _ArmOutOfMemoryError as error:
+            if error.arm == "fused":
+                raise
+            too_large.append(error.arm)
+        # Not while the error lives: its traceback holds what the arm had allocated.
+        _free_memory()
 
 
 def _write_times(
@@ -242,18 +284,28 @@ def _write_times(
 
 
 def _action(arm: Arm, direction: str, problem: Problem) -> Action:
+    def forward() -> Outputs:
+        try:
+            return arm_forward(arm, problem)
+        except torch.OutOfMemoryError as error:
+            raise _ArmOutOfMemoryError(arm) from error
+
+    def backward(outputs: Outputs) -> Outputs:
+        try:
+            return arm_gradients(arm, problem, outputs)
+        except torch.OutOfMemoryError as error:
+            raise _ArmOutOfMemoryError(arm) from error
+
     if direction == "forward":
-        return Action(arm, lambda: None, lambda _: arm_forward(arm, problem))
+        return Action(arm, lambda: None, lambda _: forward())
     if direction == "backward":
         # A graph of its own for each sample: compiled backwards may reuse what was saved.
-        return Action(
-            arm,
-            lambda: arm_forward(arm, problem),
-            lambda outputs: arm_gradients(arm, problem, outputs),
-        )
-    return Action(
-        arm, lambda: None, lambda _: arm_gradients(arm, problem, arm_forward(arm, problem))
-    )
+        return Action(arm, forward, backward)
+    return Action(arm, lambda: None, lambda _: backward(forward()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _free_memory() -> None:

@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase
+from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase, dtypes_of
 from trsp.bench.static_limits import StaticKernel
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import RunError, UserError
 
 CAPABILITIES = (80, 90, 100)
 HIDDEN_SIZES = (2048, 3072, 4096, 5120, 8192)
@@ -36,10 +36,8 @@ def canonical_cases(hidden_sizes: Sequence[int]) -> list[KernelCase]:
     return [
         KernelCase(op, dtype, hidden_size)
         for op in OPS
-        for dtype in DTYPES
+        for dtype in dtypes_of(op)
         for hidden_size in hidden_sizes
-        # x and y are one residual stream, of one dtype.
-        if (op, dtype) != ("gated_difference", "mixed")
     ]
 
 
@@ -83,7 +81,7 @@ def compile_jobs(
     """Triton's version and every launch of the jobs, from processes whose Triton compiles.
 
     Raises:
-        UserError: Triton is not installed. RuntimeError: a process failed; its last words.
+        UserError: Triton is not installed. RunError: a process failed; its last words.
     """
     if importlib.util.find_spec("triton") is None:
         raise UserError("the static cost needs Triton, which exists for Linux: pip install triton")
@@ -131,6 +129,6 @@ def _compile_share(share: Sequence[Job], command: Sequence[str]) -> dict[str, An
             [*command, str(wanted), str(out)], env=environment, capture_output=True, text=True
         )
         if done.returncode:
-            raise RuntimeError(f"compiling ahead of time failed:\n{done.stderr[-4000:]}")
+            raise RunError(f"compiling ahead of time failed:\n{done.stderr[-4000:]}")
         document: dict[str, Any] = json.loads(out.read_text())
         return document

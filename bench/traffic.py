@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trsp.bench.record import write_record
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import RunError, UserError
 
 Row = dict[str, Any]
 _DIRECTIONS = ("forward", "backward")
@@ -30,10 +30,11 @@ def run_traffic(*, out: Path | None) -> dict[str, Any]:
     Args:
         out: JSON record to write, or None.
     Returns:
-        "failed": what contradicts the proof, empty where it holds; "cases": launches, passes and
-        bytes of each case; "eager": passes of each eager arm; "triton": its version.
+        "benchmark": "traffic"; "failed": what contradicts the proof, empty where it holds;
+        "cases": launches, passes and bytes of each case; "eager": passes of each eager arm;
+        "triton": its version.
     Raises:
-        UserError: Triton is not installed. RuntimeError: the proof could not run to its end.
+        UserError: Triton is not installed. RunError: the proof could not run to its end.
     """
     if find_spec("triton") is None:
         raise UserError("the traffic proof needs Triton (it exists for Linux): pip install triton")
@@ -43,8 +44,9 @@ def run_traffic(*, out: Path | None) -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        raise RuntimeError(f"the traffic proof ended with {done.returncode}:\n{done.stderr}")
-    record: dict[str, Any] = {**json.loads(done.stdout), "eager": eager_table()}
+        raise RunError(f"the traffic proof ended with {done.returncode}:\n{done.stderr}")
+    proof = json.loads(done.stdout)
+    record: dict[str, Any] = {"benchmark": "traffic", **proof, "eager": eager_table()}
     if out is not None:
         write_record(out, record)
     return record

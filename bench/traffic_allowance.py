@@ -8,7 +8,14 @@ itself: the gate, the RMSNorm's weight, and its part of that weight's gradient.
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase, backward_passes, forward_passes
+from trsp.bench.kernel_cases import (
+    DTYPES,
+    OPS,
+    KernelCase,
+    backward_passes,
+    dtypes_of,
+    forward_passes,
+)
 from trsp.kernels.arguments import Convention, GateKind, Norm
 from trsp.kernels.launch import row_backward_launch
 
@@ -54,9 +61,7 @@ def proof_cases() -> list[tuple[KernelCase, int]]:
     cases = []
     for turn, variant in enumerate(variants):
         sizes = []
-        for place, dtype in enumerate(DTYPES, start=turn):
-            if variant.op == "gated_difference" and dtype == "mixed":
-                continue
+        for place, dtype in enumerate(dtypes_of(variant.op), start=turn):
             sizes.append(HIDDEN_SIZES[place % 3])
             case = replace(variant, dtype=dtype, hidden_size=sizes[-1])
             cases.append((case, _TOKENS[place // 3 % 3]))

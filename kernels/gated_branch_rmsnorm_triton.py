@@ -20,15 +20,16 @@ from trsp.kernels.gate_math_triton import (
     rmsnorm_gain,
     round_to,
 )
-from trsp.kernels.gated_branch_triton import gated_branch_backward
+
+# The op takes every launcher from this module: where z alone has a gradient, that is this one.
+from trsp.kernels.gated_branch_triton import gated_branch_backward as gated_branch_backward
 from trsp.kernels.launch import (
     as_rows,
+    contiguous_like,
     num_row_programs,
     row_backward_launch,
     row_forward_launch,
 )
-
-__all__ = ["gated_branch_backward"]
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def gated_branch_rmsnorm_forward(
     save_d: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """z, normed, rstd, d in x's dtype if `save_d` (attn_out itself where it is d), both norms."""
-    z, normed = _contiguous_like(x, x.dtype), _contiguous_like(x, x.dtype)
+    z, normed = contiguous_like(x, x.dtype), contiguous_like(x, x.dtype)
     d = torch.empty_like(z) if save_d and mlp_out is not None else None
     rstd = z.new_empty(x.shape[:-1], dtype=torch.float32)
     diff_norm = None if norm is None else torch.empty_like(rstd)
@@ -237,8 +238,8 @@ def gated_branch_rmsnorm_backward(
     hidden_size = z.shape[-1]
     launch, num_rows = row_backward_launch(hidden_size), z.numel() // hidden_size
     num_programs = num_row_programs(z, num_rows, launch)
-    dbranch = None if branch_dtype is None else _contiguous_like(z, branch_dtype)
-    dx = _contiguous_like(z, z.dtype) if need_dx else None
+    dbranch = None if branch_dtype is None else contiguous_like(z, branch_dtype)
+    dx = contiguous_like(z, z.dtype) if need_dx else None
     row_dgate = torch.empty_like(rstd) if need_dgate else None
     program_dweight = None
     if need_dweight:
@@ -280,7 +281,3 @@ def gated_branch_rmsnorm_backward(
         None if row_dgate is None else row_dgate.sum().view(1),
         None if program_dweight is None else program_dweight.sum(dim=0).to(weight.dtype),
     )
-
-
-def _contiguous_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)

@@ -19,7 +19,7 @@ from trsp.kernels.gate_math_triton import (
     norm_term,
     round_to,
 )
-from trsp.kernels.launch import as_rows, gate_launch
+from trsp.kernels.launch import as_rows, contiguous_like, gate_launch
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def gated_branch_forward(
     save_d: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """z, d in x's dtype if `save_d` (attn_out itself where it is d), diff_norm, x_norm."""
-    z = _contiguous_like(x, x.dtype)
+    z = contiguous_like(x, x.dtype)
     d = torch.empty_like(z) if save_d and mlp_out is not None else None
     diff_norm = None if norm is None else z.new_empty(x.shape[:-1], dtype=torch.float32)
     x_norm = torch.empty_like(diff_norm) if ref_norm and diff_norm is not None else None
@@ -179,8 +179,8 @@ def gated_branch_backward(
     """dbranch (of both branches) if `branch_dtype`, dx of an output gate, dgate."""
     like = d if dz is None else dz
     assert like is not None
-    dbranch = None if branch_dtype is None else _contiguous_like(like, branch_dtype)
-    dx = _contiguous_like(like, like.dtype) if need_dx else None
+    dbranch = None if branch_dtype is None else contiguous_like(like, branch_dtype)
+    dx = contiguous_like(like, like.dtype) if need_dx else None
     row_dgate = like.new_empty(like.shape[:-1], dtype=torch.float32) if need_dgate else None
     d_rows = as_rows(d) if d is not None and (norm_grad is not None or need_dgate) else None
     dz_rows = None if dz is None else as_rows(dz)
@@ -205,7 +205,3 @@ def gated_branch_backward(
                 **gate_launch(like.shape[-1]).options(),
             )
     return dbranch, dx, None if row_dgate is None else row_dgate.sum().view(1)
-
-
-def _contiguous_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)

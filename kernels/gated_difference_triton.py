@@ -18,7 +18,7 @@ from trsp.kernels.gate_math_triton import (
     norm_of_sum,
     norm_term,
 )
-from trsp.kernels.launch import as_rows, gate_launch
+from trsp.kernels.launch import as_rows, contiguous_like, gate_launch
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def gated_difference_forward(
     ref_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """z, diff_norm, x_norm."""
-    z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    z = contiguous_like(x, x.dtype)
     diff_norm = None if norm is None else z.new_empty(x.shape[:-1], dtype=torch.float32)
     x_norm = torch.empty_like(diff_norm) if ref_norm and diff_norm is not None else None
     x_rows, y_rows = as_rows(x), as_rows(y)
@@ -164,8 +164,8 @@ def gated_difference_backward(
     """dx, dy, dgate."""
     like = y if dz is None else dz
     assert like is not None
-    dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if need_dx else None
-    dy = torch.empty(like.shape, dtype=like.dtype, device=like.device) if need_dy else None
+    dx = contiguous_like(like, like.dtype) if need_dx else None
+    dy = contiguous_like(like, like.dtype) if need_dy else None
     row_dgate = like.new_empty(like.shape[:-1], dtype=torch.float32) if need_dgate else None
     reads_xy = norm_grad is not None or need_dgate
     dz_rows = None if dz is None else as_rows(dz)

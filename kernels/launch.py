@@ -112,6 +112,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def contiguous_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An unset tensor of the same shape and device, contiguous whatever the strides of `tensor`."""
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+
 def _triton_obstacle(x: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and an opaque kernel would end its fusion"

@@ -16,7 +16,7 @@ from trsp.bench.kernel_arms import (
     hf_rmsnorm,
     saved_bytes,
 )
-from trsp.bench.kernel_cases import OPS, KernelCase, make_problem
+from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase, dtypes_of, make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:gated_difference measures")
 NUM_TOKENS, D = 7, 40
@@ -103,3 +103,13 @@ def test_liger_is_not_offered_where_it_differs_in_more_than_it_must() -> None:
     assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", "mixed"))
     assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", gate_kind="output"))
     assert "liger" not in arms_of(KernelCase("gated_branch_rmsnorm", convention="gemma"))
+
+
+def test_an_op_without_a_mixed_dtype_is_never_measured_in_another_one() -> None:
+    assert {op: set(DTYPES) - set(dtypes_of(op)) for op in OPS} == {
+        "gated_difference": {"mixed"},
+        "gated_branch": set(),
+        "gated_branch_rmsnorm": set(),
+    }
+    with pytest.raises(ValueError, match="gated_difference is not measured in mixed"):
+        KernelCase("gated_difference", "mixed")

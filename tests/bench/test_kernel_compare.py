@@ -43,6 +43,18 @@ def test_noise_widens_the_limit_to_three_times_itself() -> None:
     assert verdicts(noisy, [{"a": 120.0}, {"a": 120.0}]) == ["SLOWER"]
 
 
+def test_noise_that_hides_what_is_looked_for_is_no_pass() -> None:
+    noisy = [{"a": 100.0}, {"a": 110.0}]
+    (row,) = compare_blocks(noisy, [{"a": 105.0}, {"a": 105.0}])
+    assert (row.verdict, row.limit) == ("TOO NOISY", pytest.approx(0.3))
+    assert row.reason == "noise of 10% hides anything below 30%"
+    document: dict[str, Any] = kernel_compare._document("commit x", dry_run=False)
+    (failed,) = kernel_compare._finish(document, [row], [])["failed"]
+    assert failed.startswith("a: TOO NOISY noise of 10%")
+    # Beyond even that noise it is slower all the same.
+    assert verdicts(noisy, [{"a": 140.0}, {"a": 140.0}]) == ["SLOWER"]
+
+
 def test_a_case_that_one_side_lacks_is_not_compared() -> None:
     rows = compare_blocks([{"a": 1.0}] * 2, [{"a": 1.0, "b": 1.0}] * 2)
     assert [(row.name, row.verdict) for row in rows] == [("a", "ok"), ("b", "not compared")]
@@ -89,6 +101,34 @@ def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"record\.json"):
+        run_comparison(str(path), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"environment": None}, "environment"),
+        ({"results": None}, "results"),
+        ({"environment": {"versions": []}}, "no attribute 'get'"),
+        ({"results": [{"name": "a"}]}, "arms"),
+        ({"results": [{"name": "a", "arms": {"fused": {"forward": {}}}}]}, "p80_us"),
+    ],
+)
+def test_a_record_that_lacks_something_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "record.json"
+    whole = {name: value for name, value in (record(100) | change).items() if value is not None}
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=rf"record\.json: is no whole record .*{said}"):
+        run_comparison(str(path), dry_run=True)
+
+
+def test_a_record_of_a_case_that_is_no_longer_measured_is_refused(tmp_path: Path) -> None:
+    path, mixed = tmp_path / "record.json", record(100)
+    mixed["results"][0]["case"] = {"op": "gated_difference", "dtype": "mixed"}
+    path.write_text(json.dumps(mixed))
+    with pytest.raises(UserError, match=r"record\.json.*gated_difference is not measured in mixed"):
         run_comparison(str(path), dry_run=True)
 
 

@@ -1,7 +1,9 @@
 """The clock's bookkeeping on a fake clock, the gate before it, bars, plan and dry run."""
 
+import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,29 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from trsp.bench import kernel_speed
+from trsp.bench import cli, kernel_run, kernel_speed
 from trsp.bench.cli import app
 from trsp.bench.event_timing import Action, EventClock, interleave, summarize, turn_order
 from trsp.bench.kernel_bars import BARS, MIN_TENSOR_BYTES, judge_bars
 from trsp.bench.kernel_cases import OPS, KernelCase
-from trsp.bench.kernel_plan import HIDDEN_SIZES, TOKENS, Item, plan_dry_run, plan_items
-from trsp.bench.kernel_run import failed_bars, refuse_as_record, run_kernels
+from trsp.bench.kernel_compare import run_comparison
+from trsp.bench.kernel_plan import (
+    HIDDEN_SIZES,
+    TOKENS,
+    Item,
+    plan_comparison,
+    plan_dry_run,
+    plan_items,
+)
+from trsp.bench.kernel_run import (
+    default_record,
+    failed_bars,
+    refuse_as_record,
+    require_fused_kernels,
+    run_kernels,
+)
 from trsp.bench.kernel_speed import failures, measure_item
+from trsp.kernels import launch
 from trsp.pruner.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:gated_difference measures")
@@ -167,6 +184,60 @@ def test_a_wrong_arm_and_a_broken_arm_are_named_and_not_timed(
     assert len(failures([result])) == 1
 
 
+def out_of_memory_from_call(number: int, arm: str, original: Any) -> Any:
+    """`original` of (arm, ...), that fails for one arm from its n-th call on."""
+    calls: list[str] = []
+
+    def planted(called: Any, *arguments: Any) -> Any:
+        calls.append(called)
+        if called == arm and calls.count(arm) >= number:
+            raise torch.OutOfMemoryError("planted")
+        return original(called, *arguments)
+
+    return planted
+
+
+def test_an_arm_that_does_not_fit_when_timed_costs_no_other_its_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Its first call is the check of its results.
+    planted = out_of_memory_from_call(2, "eager_hf", kernel_speed.arm_gradients)
+    monkeypatch.setattr(kernel_speed, "arm_gradients", planted)
+    item = small_item(arms=("fused", "eager_hf", "eager_careful"))
+    result = measure_item(item, FakeClock(lambda *_: 5.0), device="cpu", rounds=2)
+    assert result["status"] == "correct"
+    fused, lost, other = (result["arms"][arm] for arm in item.arms)
+    assert lost["status"] == "out of memory"
+    assert lost["forward"]["median_us"] == 5.0
+    assert "backward" not in lost
+    assert "both" not in lost
+    for row in (result["copy"], fused, other):
+        assert [row[direction]["num_samples"] for direction in kernel_speed.DIRECTIONS] == [2] * 3
+    assert failures([result]) == []
+
+
+def test_a_fused_op_that_does_not_fit_when_timed_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planted = out_of_memory_from_call(2, "fused", kernel_speed.arm_forward)
+    monkeypatch.setattr(kernel_speed, "arm_forward", planted)
+    result = measure_item(small_item(), FakeClock(lambda *_: 5.0), device="cpu", rounds=2)
+    assert failures([result]) == [f"{result['name']}: not timed: fused: out of memory"]
+
+
+def test_an_arm_s_error_is_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernel_speed.arm_forward
+
+    def broken(arm: Any, problem: Any) -> Any:
+        if arm == "eager_hf":
+            raise TypeError("no such\nthing")
+        return right(arm, problem)
+
+    monkeypatch.setattr(kernel_speed, "arm_forward", broken)
+    result = measure_item(small_item(), FakeClock(lambda *_: 5.0), device="cpu", rounds=2)
+    assert failures([result]) == [f"{result['name']}, eager_hf: error: TypeError: no such"]
+
+
 def result_with(op: str, **arms: float) -> dict[str, Any]:
     """A measured result of T = 8191, D = 8192 with total times by arm, and good shares."""
     rows: dict[str, Any] = {
@@ -211,6 +282,16 @@ def test_small_tensors_and_other_dtypes_are_not_held_to_bars() -> None:
     assert set(verdicts({**small, "dtype": "fp32"}).values()) == {"not measured"}
 
 
+def test_a_bar_whose_sizes_were_tried_in_vain_is_a_failure() -> None:
+    good = result_with(
+        "gated_branch", fused=10, eager_hf=43, compile_explicit=10, compile_natural=13
+    )
+    assert failed_bars(judge_bars([good]), [good], []) == []
+    del good["arms"]["compile_natural"]["both"]
+    said = "bar: gate x compiled natural: not measured, although its sizes were tried"
+    assert failed_bars(judge_bars([good]), [good], []) == [said]
+
+
 def test_a_bar_that_time_ran_out_for_is_a_failure() -> None:
     item = plan_items()[0]
     assert "time ran out" in failed_bars(judge_bars([]), [], [item])[0]
@@ -236,6 +317,23 @@ def test_the_plan_has_every_size_once_and_what_bars_need_first() -> None:
     assert flags == sorted(flags, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "items",
+    [
+        plan_items(dtype="mixed"),
+        plan_items(dtype="mixed", hidden_sizes=[64], tokens=[5]),
+        plan_dry_run(dtype="mixed"),
+        plan_comparison(dtype="mixed"),
+    ],
+    ids=["all", "sizes", "dry run", "comparison"],
+)
+def test_a_plan_has_the_ops_that_have_the_dtype(items: list[Item]) -> None:
+    assert {(item.case.op, item.case.dtype) for item in items} == {
+        ("gated_branch", "mixed"),
+        ("gated_branch_rmsnorm", "mixed"),
+    }
+
+
 def test_a_dry_run_has_every_arm_and_no_figure_of_speed(tmp_path: Path) -> None:
     record = run_kernels(dry_run=True, ops=["gated_branch"], out=tmp_path / "dry.json")
     assert record["failed"] == []
@@ -252,6 +350,56 @@ def test_a_dry_run_is_not_kept_among_the_records() -> None:
     records = Path(kernel_speed.__file__).parent / "records"
     with pytest.raises(UserError, match="not written into bench/records"):
         refuse_as_record(records / "kernels-dry.json")
+
+
+def test_a_measurement_s_record_lies_in_the_checkout_wherever_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    records = Path(kernel_speed.__file__).resolve().parent / "records"
+    assert default_record("nvidia-h200") == records / "kernels-nvidia-h200.json"
+    # Of an installed wheel nothing but its packages is there.
+    monkeypatch.setattr(kernel_run, "_ROOT", tmp_path)
+    assert default_record("nvidia-h200") == Path("kernels-nvidia-h200.json")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CUDA device, of which the choice of a backend sees one tensor."""
+
+    class OnCuda:
+        is_cuda = True
+        dtype = torch.bfloat16
+        device = "cuda:0"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: OnCuda())
+    for name in ("TRSP_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_fused_arm_is_never_another_path(pretended_gpu: pytest.MonkeyPatch) -> None:
+    require_fused_kernels()
+    pretended_gpu.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="the fused arm would be the interpreter; unset"):
+        require_fused_kernels()
+    pretended_gpu.setenv("TRSP_KERNELS", "reference")
+    with pytest.raises(UserError, match="the fused arm would be the reference; unset"):
+        require_fused_kernels()
+    pretended_gpu.setenv("TRSP_KERNELS", "cuda")
+    with pytest.raises(UserError, match="TRSP_KERNELS='cuda'; choose auto, triton or reference"):
+        require_fused_kernels()
+
+
+def test_without_triton_nothing_is_measured(pretended_gpu: pytest.MonkeyPatch) -> None:
+    pretended_gpu.setattr(launch, "_triton_is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"would be the reference.* install triton"):
+        require_fused_kernels()
+    for begin in (run_kernels, partial(run_comparison, "HEAD")):
+        with pytest.raises(UserError, match="would be the reference"):
+            begin()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -271,12 +419,39 @@ def test_without_a_gpu_the_command_says_what_it_can_do() -> None:
         (["--full"], "--full means nothing to a measurement"),
         (["--dry-run", "--op", "nosuch"], "--op nosuch: unknown"),
         (["--dry-run", "--dtype", "int8"], "--dtype int8: unknown"),
+        (
+            ["--dry-run", "--op", "gated_difference", "--dtype", "mixed"],
+            "--op gated_difference --dtype mixed: nothing to measure; choose bf16, fp16, fp32",
+        ),
     ],
 )
 def test_settings_that_a_mode_ignores_are_errors(arguments: list[str], said: str) -> None:
     done = CliRunner().invoke(app, ["bench", "kernels", *arguments])
     assert done.exit_code == 2
     assert said in done.output
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["--static"],
+        ["--traffic"],
+        ["--dry-run"],
+        ["--compare", "HEAD"],
+        ["--compare", "a.json"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_a_record_that_could_not_be_written_is_refused_before_any_work(
+    mode: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_run_kernel_mode", lambda *_: pytest.fail("work was begun"))
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "is no folder")):
+        done = CliRunner().invoke(app, ["bench", "kernels", *mode, "--out", str(path)])
+        assert done.exit_code == 2
+        assert said in done.output
 
 
 @pytest.mark.gpu

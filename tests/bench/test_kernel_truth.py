@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trsp.bench.kernel_arms import arm_forward, arm_gradients
-from trsp.bench.kernel_cases import OPS, KernelCase, Problem, make_problem
+from trsp.bench.kernel_cases import OPS, KernelCase, Problem, dtypes_of, make_problem
 from trsp.bench.kernel_truth import disagreements, judge
 
 pytestmark = pytest.mark.filterwarnings("ignore:gated_difference measures")
@@ -29,8 +29,7 @@ def wrong(problem: Problem, outputs: Values, gradients: Values) -> list[str]:
 
 @pytest.mark.parametrize("gate_kind", ["residual", "output"])
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared", None])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "mixed"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "dtype"), [(op, dtype) for op in OPS for dtype in dtypes_of(op)])
 def test_right_ops_pass(op: Any, dtype: str, norm: Any, gate_kind: Any) -> None:
     conventions: tuple[Any, ...] = (
         ("llama", "gemma") if op == "gated_branch_rmsnorm" else ("llama",)
@@ -87,3 +86,11 @@ def test_an_arm_that_computes_something_else_is_found() -> None:
     assert disagreements(ours, ours, dgate_scale=1.0) == []
     other = ({**outputs, "z": outputs["z"] * 1.1}, {**gradients, "gate": gradients["gate"] + 1})
     assert disagreements(ours, other, dgate_scale=1.0) == ["gate", "z"]
+
+
+def test_what_an_arm_leaves_out_is_found() -> None:
+    _, outputs, gradients = computed(KernelCase("gated_branch", hidden_size=D))
+    fewer = {name: tensor for name, tensor in outputs.items() if name != "x_norm"}
+    without_gate = {name: tensor for name, tensor in gradients.items() if name != "gate"}
+    found = disagreements((outputs, gradients), (fewer, without_gate), dgate_scale=1.0)
+    assert found == ["gate (missing)", "x_norm (missing)"]

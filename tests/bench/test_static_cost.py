@@ -19,6 +19,7 @@ from trsp.bench import static_baseline, static_cost, static_jobs
 from trsp.bench.kernel_cases import DTYPES, OPS, KernelCase
 from trsp.bench.static_baseline import REGISTER_TOLERANCE, Entry, improvements, regressions
 from trsp.bench.static_limits import StaticKernel, refusals
+from trsp.pruner.errors import RunError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -116,7 +117,7 @@ def test_the_machine_code_is_the_same_on_a_second_compilation(compiled: Compiled
 
 def test_a_process_that_fails_says_why() -> None:
     command = (sys.executable, "-c", "raise SystemExit('no compiler here')")
-    with pytest.raises(RuntimeError, match="no compiler here"):
+    with pytest.raises(RunError, match="no compiler here"):
         static_jobs.compile_jobs([(90, KernelCase("gated_branch"))], command)
 
 
@@ -173,6 +174,14 @@ def test_an_intact_direction_of_a_mutant_is_not_refused(
     """Only the planted part is refused, so the reasons above are the defects'."""
     for mutant, direction in (("unfused", "backward"), ("atomic", "forward")):
         assert refusals([k for k in mutants[mutant] if k.direction == direction]) == []
+
+
+def test_a_row_offset_of_32_bits_is_refused(compiled: Compiled) -> None:
+    kernel = next(k for k in compiled[1] if k.case == KernelCase("gated_branch"))
+    assert refusals([kernel]) == []
+    narrow = replace(kernel, multiplied=("i32", "i64"))
+    assert refusals([narrow]) == ["offsets multiplied in i32 and i64"]
+    assert refusals([replace(kernel, multiplied=())]) == ["offsets multiplied in nothing"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trsp.bench import traffic
 from trsp.bench.aten_traffic import AtenMoves, count_eager
 from trsp.bench.kernel_cases import KernelCase
 from trsp.kernels import gated_branch, gated_branch_rmsnorm, gated_difference
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import RunError, UserError
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -32,7 +32,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("traffic") / "traffic.json"
     returned = traffic.run_traffic(out=out)
     written: dict[str, Any] = json.loads(out.read_text())
-    assert written["schema_version"] == 1
+    assert (written["schema_version"], written["benchmark"]) == (1, "traffic")
     assert {name: written[name] for name in returned} == returned
     return returned
 
@@ -81,7 +81,7 @@ def test_the_table_shows_passes_and_failures(
 def test_a_proof_that_breaks_off_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_TRITON:
         monkeypatch.setattr(traffic.sys, "executable", "/bin/false")
-        with pytest.raises(RuntimeError, match="ended with 1"):
+        with pytest.raises(RunError, match="ended with 1"):
             traffic.run_traffic(out=None)
     monkeypatch.setattr(traffic, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):

@@ -4,10 +4,14 @@ import copy
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trsp.pruner import gated_model
+from trsp.pruner.families import decoder_layers
+from trsp.pruner.gated_model import GatedModel
+from trsp.pruner.next_norms import find_next_norms
 from trsp.pruner.recipe import FuseNorms, SelectionRecipe, TransferRecipe
 from trsp.pruner.selection import select_layers
 from trsp.pruner.transfer import transfer
@@ -62,3 +66,45 @@ def test_transfer(model: PreTrainedModel, tokens: Tensor, fused_calls: list[Any]
 def test_fusing_with_checkpointing_is_refused() -> None:
     with pytest.raises(ValueError, match="excludes checkpoint_activations"):
         TransferRecipe(fuse_norms="on", checkpoint_activations=True)
+
+
+class CalledByKeyword(nn.Module):
+    """A caller of a decoder layer's norm that names its arguments."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = self.norm(hidden_states=hidden_states)
+        return normed
+
+
+class CalledWithAScale(CalledByKeyword):
+    """Another call of it: the same module and tensor, and something else to compute."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        plain = norm.forward
+        self.norm.forward = lambda hidden_states, scale=1.0: plain(hidden_states) * scale
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = self.norm(hidden_states, scale=2.0)
+        return normed
+
+
+@pytest.mark.parametrize("caller", [CalledByKeyword, CalledWithAScale])
+def test_a_norm_called_with_keywords_is_left_alone(
+    model: PreTrainedModel, tokens: Tensor, caller: Any, fused_calls: list[Any]
+) -> None:
+    layers: Any = decoder_layers(model)
+    own = layers[2].input_layernorm
+    layers[2].input_layernorm = caller(own)
+    found = find_next_norms(model)
+    assert [index for index, norm in enumerate(found) if norm is None] == [2]
+    dense = model(input_ids=tokens, use_cache=False).logits
+    with GatedModel(model, fuse_norms="on") as gated:
+        gated.gated, gated.gates = frozenset({0, 1}), torch.ones(len(layers))
+        torch.testing.assert_close(gated.logits(tokens), dense)
+    # Layer 0 with the norm of layer 1; layer 1 without that of layer 2.
+    assert [weight is own.weight for weight in fused_calls] == [False]
