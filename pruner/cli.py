@@ -170,24 +170,26 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-@app.command()
 def plan(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="layer map to write")] = Path("layer_map.json"),
-    recipe: RecipeFile = None,
-    preset: Preset = "trsp",
-    ratio: Ratio = None,
-    layers: Layers = None,
-    data: Data = None,
-    seed: Seed = None,
-    device: Device = None,
-    settings: Setting = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
+    model: Path,
+    out: Path,
+    recipe: Path | None,
+    preset: str,
+    ratio: float | None,
+    layers: int | None,
+    data: list[str] | None,
+    seed: int | None,
+    device: str | None,
+    settings: list[str] | None,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
-    """Stage 1 only: learn which layers go; writes a layer map."""
+    """Stage 1 only: learn which layers go; writes a layer map.
+
+    The command is in trsp.bench.plan_cli, which also answers `trsp plan --slo` from measured speed.
+    """
     words = _words(recipe, preset, ratio, layers, None, data, None, seed, device, settings)
     from trsp.pruner import api
 

@@ -1,0 +1,82 @@
+"""A child process that leads a group of its own, logs into a file, and never outlives us."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_GRACE_SECONDS = 20.0
+_POLL_SECONDS = 0.1
+_LOG_TAIL_BYTES = 65536
+_MAX_LINE = 300
+# A log's last lines are often a shutdown's; what went wrong stands in a line such as these.
+_TELLING = ("Error", "error:", "out of memory", "Killed", "CANCELLED", "not supported")
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class ProcessGroup:
+    """A started command. `log`: where its stdout and stderr go, appended."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = None,
+    ) -> None:
+        self.command = list(command)
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=stdin,
+                stdout=file if stdout is None else stdout,
+                stderr=file,
+                env={**os.environ, **environment},
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def is_alive(self) -> bool:
+        """Whether the leader still runs; it is not reaped, so its group keeps its number."""
+        state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return state is None
+
+    def last_lines(self, count: int = 3) -> str:
+        """What the log tells of its end: its last error lines, else its last lines; one line."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        telling = [line for line in lines if any(word in line for word in _TELLING)]
+        chosen = (telling or lines or ["no output"])[-count:]
+        return " | ".join(line[-_MAX_LINE:] for line in chosen)
+
+    def stop(self) -> int:
+        """End the whole group, politely first, and return the leader's exit code."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        # The leader is not reaped yet, so this number is still its group's.
+        self._signal(signal.SIGKILL)
+        return self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, number)
+
+
+def _end_with_parent() -> None:
+    """In the child: ask Linux to end it should we be killed without a word."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

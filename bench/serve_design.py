@@ -1,0 +1,313 @@
+"""What a speed experiment will measure, settled before anything is started.
+
+Everything that a user can get wrong is found here: models that do not fit together, loads that
+mean nothing, memory that does not suffice.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trsp.bench import serve_arms
+from trsp.bench.serve_arms import Candidate
+from trsp.bench.serve_plan import closed_loads, densest
+from trsp.bench.serve_record import Backend, Load, Memory, Workload
+from trsp.bench.speed_backend import ArmModel
+from trsp.bench.transformers_backend import loads as transformers_loads
+from trsp.pruner.errors import UserError
+
+GIB = 2**30
+# What a GPU keeps beside weights and KV cache: activations, graphs, the CUDA context.
+_GPU_RESERVE_BYTES = 6 * GIB
+_GPU_SHARE = 0.9
+# An engine beside others: its process, and activations.
+_ENGINE_OVERHEAD_BYTES = 3 * GIB
+_OURS = {
+    "--model", "--port", "--host", "--served-model-name", "--kv-cache-memory-bytes", "--seed",
+    "--load-format", "--dtype", "--max-model-len",
+}  # fmt: skip
+# vLLM's latency benchmark draws token ids below this.
+_LATENCY_VOCABULARY = 10_000
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the user asked for; see the command's help.
+
+    Attributes:
+        dense, pruned: folders. With `shape` or `remove` the pruned arms have random weights.
+        memory_gib: weights + KV cache of each arm at equal memory.
+        kv_tokens: room in the KV cache of every arm at equal KV.
+        flags: passed to vLLM, the same for every arm.
+    """
+
+    out: Path
+    backend: Backend = "serve"
+    dense: Path | None = None
+    pruned: tuple[Path, ...] = ()
+    shape: str | None = None
+    remove: tuple[int, ...] = ()
+    load_format: str = "auto"
+    dtype: str | None = None
+    num_blocks: int = 5
+    concurrencies: tuple[int, ...] = (1, 4, 16)
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    num_requests: int | None = None
+    input_len: int = 256
+    output_len: int = 128
+    ttft_slo_ms: float = 2000.0
+    tpot_slo_ms: float = 100.0
+    memories: tuple[Memory, ...] = ("equal-kv", "equal-memory")
+    memory_gib: float | None = None
+    kv_tokens: int | None = None
+    residency: str = "auto"
+    port: int | None = None
+    seed: int = 0
+    num_iterations: int = 30
+    prompt_tokens: int = 2048
+    health_timeout_seconds: float = 1800.0
+    cell_timeout_seconds: float = 3600.0
+    flags: tuple[str, ...] = ()
+    resume: bool = False
+    record: Path | None = None
+
+
+@dataclass(frozen=True)
+class Design:
+    """A sound experiment.
+
+    Attributes:
+        loads: closed loads, or the batches of an offline backend; open loads follow from the
+            capacity, which is measured first.
+        models: by arm, in the order of the palindrome's first half.
+        resident: all engines stay up, instead of one at a time.
+    """
+
+    options: ServeOptions
+    candidates: tuple[Candidate, ...]
+    workload: Workload
+    loads: tuple[Load, ...]
+    memories: tuple[Memory, ...]
+    models: dict[str, ArmModel]
+    resident: bool
+
+    def plan(self) -> dict[str, Any]:
+        """Everything that a resumed run must have in common with the one before."""
+        return {
+            "schema_version": 1,
+            "backend": self.options.backend,
+            "arms": [_identity(candidate) for candidate in self.candidates],
+            "workload": self.workload.model_dump(),
+            "loads": [load.model_dump() for load in self.loads],
+            "shares": list(self.options.shares),
+            "memories": list(self.memories),
+            "kv_cache_bytes": {
+                name: dict(model.kv_cache_bytes) for name, model in self.models.items()
+            },
+            "num_blocks": self.options.num_blocks,
+            "resident": self.resident,
+            "flags": list(self.options.flags),
+            "num_iterations": self.options.num_iterations,
+            "prompt_tokens": self.options.prompt_tokens,
+        }
+
+
+def design(options: ServeOptions) -> Design:
+    """Settle the experiment that was asked for.
+
+    Raises:
+        UserError: it cannot be, or means nothing; one line with the remedy.
+    """
+    _check(options)
+    candidates = _candidates(options)
+    loads = _loads(options)
+    workload = Workload(
+        input_len=options.input_len,
+        output_len=options.output_len,
+        dtype=options.dtype or serve_arms.config_dtype(candidates[0].folder),
+        seed=options.seed,
+        ttft_slo_ms=options.ttft_slo_ms,
+        tpot_slo_ms=options.tpot_slo_ms,
+    )
+    memories, budget = _memories(options, candidates)
+    kv_tokens = options.kv_tokens or 2 * max(16, densest(loads).concurrency or 0) * (
+        options.input_len + options.output_len
+    )
+    models = _models(candidates, memories, kv_tokens, budget)
+    return Design(
+        options=options,
+        candidates=tuple(candidates),
+        workload=workload,
+        loads=tuple(loads),
+        memories=memories,
+        models=models,
+        resident=_resident(options, models, memories),
+    )
+
+
+def _check(options: ServeOptions) -> None:
+    """Refuse what cannot be, before anything is read."""
+    if options.shape is not None and (options.dense or options.pruned):
+        raise UserError("--shape takes no model folders: it is a config with random weights")
+    if options.shape is None and options.dense is None:
+        raise UserError("name the dense model and the pruned ones, or a --shape with --remove")
+    if options.remove and options.pruned:
+        raise UserError("--remove makes the pruned arms itself; leave out the pruned folders")
+    if options.shape is None and not options.remove and not options.pruned:
+        raise UserError("one model alone is no comparison: name a pruned one, or use --remove")
+    if options.remove and options.shape is None and options.load_format != "dummy":
+        raise UserError(
+            "--remove cuts a config and has no weights for it: add --load-format dummy, or name "
+            "pruned checkpoints"
+        )
+    if options.load_format not in ("auto", "dummy"):
+        raise UserError(f"--load-format {options.load_format!r}: choose auto or dummy")
+    if options.residency not in ("auto", "resident", "restart"):
+        raise UserError(f"--servers {options.residency!r}: choose auto, resident or restart")
+    for name, count in (
+        ("--num-blocks", options.num_blocks),
+        ("--input-len", options.input_len),
+        ("--output-len", options.output_len),
+        ("--num-iters", options.num_iterations),
+        ("--prompt-tokens", options.prompt_tokens),
+    ):
+        if count < 1:
+            raise UserError(f"{name} {count}: expected at least 1")
+    if options.output_len < 2 and options.backend == "serve":
+        raise UserError("--output-len 1 has no time between tokens; give at least 2")
+    if taken := sorted(_OURS & {flag.partition("=")[0] for flag in options.flags}):
+        raise UserError(f"{taken[0]} is set by the experiment; use its own option for it")
+    if options.backend != "serve" and options.port is not None:
+        raise UserError(f"--port means nothing to --backend {options.backend}")
+    if options.backend == "serve" and options.port is not None and options.residency == "resident":
+        raise UserError("--port is one port, and --servers resident needs one for each arm")
+
+
+def _candidates(options: ServeOptions) -> list[Candidate]:
+    if options.shape is not None or options.remove:
+        shape = options.shape if options.shape is not None else options.dense
+        if shape is None:
+            raise UserError("--remove needs a model folder or a --shape")
+        folder = options.out.with_name(options.out.name + ".shapes")
+        candidates = serve_arms.from_shape(shape, options.remove, folder, dtype=options.dtype)
+    else:
+        if options.dense is None:
+            raise UserError("name the dense model")
+        candidates = serve_arms.from_folders(
+            options.dense,
+            options.pruned,
+            dtype=options.dtype,
+            dummy_weights=options.load_format == "dummy",
+        )
+    if options.backend == "latency":
+        for candidate in candidates:
+            size = serve_arms.vocabulary_size(candidate.folder)
+            if size < _LATENCY_VOCABULARY:
+                raise UserError(
+                    f"{candidate.folder}: has {size} tokens, and vLLM's latency benchmark draws "
+                    f"ids below {_LATENCY_VOCABULARY}; use --backend throughput"
+                )
+    return candidates
+
+
+def _loads(options: ServeOptions) -> list[Load]:
+    """Closed loads, or their counterpart offline: one batch each."""
+    if options.backend == "transformers":
+        return transformers_loads(max(options.concurrencies))
+    closed = closed_loads(options.concurrencies, options.num_requests)
+    if options.backend == "serve":
+        return closed
+    if options.backend == "latency":
+        return [
+            load.model_copy(
+                update={
+                    "name": f"batch {load.concurrency}",
+                    "kind": "batch",
+                    "num_requests": (load.concurrency or 1) * options.num_iterations,
+                }
+            )
+            for load in closed
+        ]
+    last = closed[-1]
+    return [Load(name=f"{last.num_requests} prompts", kind="batch", num_requests=last.num_requests)]
+
+
+def _memories(
+    options: ServeOptions, candidates: Sequence[Candidate]
+) -> tuple[tuple[Memory, ...], int | None]:
+    """The memory arms that can be measured, and the bytes of the equal-memory one."""
+    if options.backend == "transformers" or "equal-memory" not in options.memories:
+        return ("equal-kv",), None
+    budget = _gpu_budget() if options.memory_gib is None else int(options.memory_gib * GIB)
+    if budget is None:
+        # serve_result says that it was not measured.
+        return ("equal-kv",), None
+    least = max(candidate.cost.weight_bytes for candidate in candidates)
+    if budget <= least:
+        raise UserError(
+            f"--memory-gib {budget / GIB:.2f}: the dense weights alone take {least / GIB:.2f} GiB"
+        )
+    return tuple(dict.fromkeys(options.memories)), budget
+
+
+def _gpu_budget() -> int | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    total = torch.cuda.get_device_properties(0).total_memory
+    return int(_GPU_SHARE * total) - _GPU_RESERVE_BYTES
+
+
+def _models(
+    candidates: Sequence[Candidate],
+    memories: Sequence[Memory],
+    kv_tokens: int,
+    budget: int | None,
+) -> dict[str, ArmModel]:
+    models = {}
+    for candidate in candidates:
+        room: dict[Memory, int] = {"equal-kv": kv_tokens * candidate.cost.kv_bytes_per_token}
+        if budget is not None and "equal-memory" in memories:
+            room["equal-memory"] = budget - candidate.cost.weight_bytes
+        models[candidate.arm.name] = ArmModel(candidate.arm, candidate.folder, room)
+    return models
+
+
+def _resident(
+    options: ServeOptions, models: dict[str, ArmModel], memories: Sequence[Memory]
+) -> bool:
+    """Whether all servers stay up at once: when asked for, or when they fit and may."""
+    if options.backend in ("latency", "throughput") or options.port is not None:
+        return False
+    if options.residency == "restart":
+        return False
+    if options.residency == "resident":
+        return True
+    import torch
+
+    if torch.cuda.is_available():
+        available = _GPU_SHARE * torch.cuda.get_device_properties(0).total_memory
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    needed = max(
+        sum(
+            model.arm.weight_bytes + model.kv_cache_bytes[memory] + _ENGINE_OVERHEAD_BYTES
+            for model in models.values()
+        )
+        for memory in memories
+    )
+    return needed <= available
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    """What identifies an arm's model."""
+    return {
+        "name": candidate.arm.name,
+        "model": candidate.arm.model,
+        "layers": candidate.arm.num_hidden_layers,
+        "fingerprint": candidate.arm.fingerprint,
+        "weights_sha256": candidate.weights_sha256,
+    }
