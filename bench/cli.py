@@ -5,11 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
+from trsp.bench.plan_cli import plan
+from trsp.bench.report_cli import report
+from trsp.bench.serve_cli import serve as bench_serve
 from trsp.pruner.cli import app
 from trsp.pruner.errors import UserError
+from trsp.serving.cli import mount as mount_serve
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure: kernels.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure: kernels, serving.")
 app.add_typer(bench, name="bench")
+app.command()(report)
+bench.command("serve")(bench_serve)
+app.command()(plan)
+mount_serve(app)
 
 
 @app.callback()
@@ -51,10 +59,18 @@ def kernels(
     ] = None,
     hidden_size: Annotated[list[int] | None, typer.Option(help="repeatable; the sweep")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="repeatable; the sweep")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32, mixed; bf16")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32, mixed (no gated_difference); bf16")
+    ] = None,
     op: Annotated[list[str] | None, typer.Option(help="repeatable; all three")] = None,
     minutes: Annotated[float | None, typer.Option(help="start no case after this; 8")] = None,
-    out: Annotated[Path | None, typer.Option(help="record; bench/records/kernels-GPU.json")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="record to write. A measurement always writes one: by default kernels-GPU.json, "
+            "in the checkout's bench/records, or in the current folder where trsp is installed"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     no_bars: Annotated[bool, typer.Option("--no-bars", help="missed bars fail nothing")] = False,
 ) -> None:
@@ -75,9 +91,19 @@ def kernels(
     for name, value in given.items():
         if value not in (None, False, []) and name not in takes:
             raise UserError(f"{name} means nothing to {mode}; leave it out")
+    _check_record_file(out)
     failed = _run_kernel_mode(mode, given, compare, as_json)
     if failed:
         raise typer.Exit(1)
+
+
+def _check_record_file(out: Path | None) -> None:
+    """Refuse, before any work, a path that no file can be written to."""
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out}: is a folder, expected the path of a file")
+    for folder in () if out is None else out.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {out}: {folder} is no folder; choose another path")
 
 
 def _kernel_mode(

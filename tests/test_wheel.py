@@ -19,8 +19,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = [name.removeprefix("trsp.") for name in PYPROJECT["tool"]["setuptools"]["packages"]]
+PATTERNS = PYPROJECT["tool"]["setuptools"]["package-data"]
 SOURCES = {
-    f"trsp/{path.relative_to(ROOT)}" for name in FOLDERS for path in ROOT.glob(f"{name}/*.py")
+    f"trsp/{path.relative_to(ROOT)}"
+    for name in FOLDERS
+    for pattern in ("*.py", *PATTERNS.get(f"trsp.{name}", ()))
+    for path in ROOT.glob(f"{name}/{pattern}")
 }
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -3,6 +3,9 @@
 pytest-benchmark alone would warn and compare.
 """
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -54,3 +57,15 @@ def compared_as_asked(pytestconfig: pytest.Config) -> None:
             "--benchmark-compare compared nothing: there is no such record in the storage, or "
             "tests/bench was not named on the command line"
         )
+
+
+@pytest.fixture(scope="session")
+def report_records() -> ModuleType:
+    """The builder of synthetic speed records, tests/bench/report_records.py."""
+    path = Path(__file__).with_name("report_records.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,227 @@
+"""`trsp report`: records of speed experiments as one page, as figures, and as README tables.
+
+The page is made of the records alone, needs neither network nor script, and is the same for the
+same records. Everything a record says is text to it, never markup.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trsp.bench.report_findings import (
+    Finding,
+    cautions,
+    compared,
+    equal_memory_sentence,
+    find_results,
+    stops,
+)
+from trsp.bench.report_inputs import Input, Inputs, read_inputs
+from trsp.bench.report_markdown import to_markdown
+from trsp.bench.report_plots import draw_plots
+from trsp.bench.report_speedups import (
+    blocks_table,
+    negative_table,
+    speed_table,
+)
+from trsp.bench.report_style import Plot, plain, to_png, to_svg
+from trsp.bench.report_table import Table
+from trsp.bench.report_tables import (
+    latency_table,
+    memory_table,
+    offline_table,
+    quality_table,
+    throughput_table,
+)
+from trsp.bench.report_validity import (
+    config_table,
+    environment_table,
+    hashes_table,
+    invalid_table,
+    models_table,
+    protocols_table,
+    remarks,
+)
+from trsp.bench.report_values import Values
+from trsp.bench.report_words import BACKEND_TITLES
+from trsp.pruner.durable import atomic_write
+from trsp.pruner.errors import UserError
+
+TEMPLATE_NAME = "report.html.j2"
+# How a page of ours begins: what else lies where it is to go is not replaced.
+PAGE_START = '<!doctype html>\n<html lang="en">\n<!-- trsp report -->'
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of one record, in the order of the page."""
+
+    number: int
+    title: str
+    file_name: str
+    engine: str
+    label: str | None
+    void: bool
+    stops: list[str]
+    cautions: list[str]
+    compared: str
+    findings: list[Finding]
+    quality: Table
+    speed: Table
+    plots: list[tuple[Plot, str]]
+    figures: list[Table]
+    memory: Table
+    memory_sentence: str
+    negative: Table
+    has_open_loads: bool
+    blocks: Table
+    invalid: Table
+    remarks: list[str]
+    explained: list[str]
+    config: Table
+    not_measured: list[str]
+    commands: list[str]
+    start_commands: list[str]
+    protocols: Table
+    models: Table
+    hashes: Table
+    environment: Table
+
+
+def write_report(
+    paths: Sequence[Path], *, out: Path | None, png: Path | None
+) -> tuple[Inputs, list[Path]]:
+    """Write the page to `out` and every figure as PNG into the folder `png`.
+
+    Returns:
+        what was read, and the files that were written.
+    Raises:
+        UserError: nothing to read, or `out` or `png` would replace what is not a report's.
+    """
+    inputs = read_inputs(paths)
+    if out is not None:
+        _refuse_foreign(out)
+    if png is not None and png.exists() and not png.is_dir():
+        raise UserError(f"--png {png}: is not a folder; name one for the figures")
+    if out is None and png is None:
+        return inputs, []
+    _require_extra()
+    written = []
+    sections = [_Drawn(place, given) for place, given in enumerate(inputs.records, 1)]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, render_page([drawn.section() for drawn in sections], inputs.ignored))
+        written.append(out)
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for drawn in sections:
+            for plot in drawn.plots:
+                path = png / f"{drawn.name}-{plot.name}.png"
+                atomic_write(path, to_png(plot))
+                written.append(path)
+    return inputs, written
+
+
+def markdown_of(inputs: Inputs) -> str:
+    """The README tables of every record."""
+    return "\n".join(
+        to_markdown(Values(given.record), given.path.name, given.sha256) for given in inputs.records
+    )
+
+
+def render_page(sections: Sequence[Section], ignored: Sequence[str]) -> str:
+    """The page as HTML text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    source = files("trsp.bench").joinpath(TEMPLATE_NAME).read_text("utf-8")
+    page = environment.from_string(source).render(sections=sections, ignored=ignored)
+    if not page.startswith(PAGE_START):
+        raise RuntimeError(f"{TEMPLATE_NAME} does not begin with {PAGE_START!r}")
+    return page
+
+
+class _Drawn:
+    """One record with its figures, drawn once for page and PNG."""
+
+    def __init__(self, number: int, given: Input) -> None:
+        self.number = number
+        self.given = given
+        self.values = Values(given.record)
+        self.plots, self.not_drawn = draw_plots(self.values)
+        self.name = f"{number}-{given.record.backend}"
+
+    def section(self) -> Section:
+        """Everything the page shows of it."""
+        values, record = self.values, self.given.record
+        if record.backend == "serve":
+            kinds = (latency_table, throughput_table)
+            figures = [make(values, memory) for memory in values.memories for make in kinds]
+        else:
+            figures = [offline_table(values, memory) for memory in values.memories]
+        return Section(
+            number=self.number,
+            title=BACKEND_TITLES[record.backend],
+            file_name=self.given.path.name,
+            engine=record.engine,
+            label=record.label,
+            void=bool(record.invalid),
+            stops=stops(values),
+            cautions=cautions(values),
+            compared=compared(values),
+            findings=find_results(values),
+            quality=quality_table(values),
+            speed=speed_table(values),
+            plots=[(plot, to_svg(plot, f"s{self.number}-{plot.name}")) for plot in self.plots],
+            figures=[table for table in figures if table.num_rows],
+            memory=memory_table(values),
+            memory_sentence=equal_memory_sentence(values),
+            negative=negative_table(values),
+            has_open_loads=bool(values.loads_of("open")),
+            blocks=blocks_table(values),
+            invalid=invalid_table(values),
+            remarks=remarks(values),
+            explained=record.explained,
+            config=config_table(values),
+            not_measured=[*record.not_measured, *self.not_drawn],
+            commands=record.commands[:1],
+            start_commands=list(
+                dict.fromkeys(record.commands[1:] or (start.command for start in record.starts))
+            ),
+            protocols=protocols_table(values),
+            models=models_table(values),
+            hashes=hashes_table(values, self.given.path.name, self.given.sha256),
+            environment=environment_table(values),
+        )
+
+
+def _printable(value: Any) -> Any:
+    """Text without characters that would break or disguise the page; markup of ours as it is."""
+    return plain(value) if type(value) is str else value
+
+
+def _require_extra() -> None:
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed; pip install 'trsp[report]'")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Replace a page of ours, and nothing else: a record named by mistake stays."""
+    if not out.exists():
+        return
+    start = PAGE_START.encode()
+    if out.is_dir() or out.open("rb").read(len(start)) != start:
+        raise UserError(
+            f"--out {out}: exists and is not a page of trsp report; choose another --out"
+        )
