@@ -16,7 +16,7 @@ from trsp.pruner.errors import RunError
 from trsp.serving.server_command import server_command
 
 SERVED_NAME = "model"
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (90, 99)
 # vLLM's keys that become metrics; a p99 of fewer requests than these is an accident.
 MIN_REQUESTS_FOR_P99 = 1000
 _THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughput")
@@ -191,7 +191,7 @@ def measured(
         )
     names = [*_THROUGHPUTS, "request_goodput"]
     for latency in _LATENCIES:
-        names += [f"{kind}_{latency}_ms" for kind in ("mean", "median", "p50", "p90")]
+        names += [f"{kind}_{latency}_ms" for kind in ("mean", "median", "p90")]
         if load.num_requests >= MIN_REQUESTS_FOR_P99:
             names.append(f"p99_{latency}_ms")
     notes = [f"{num_preemptions} preemptions"] if num_preemptions else []

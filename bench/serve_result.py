@@ -100,7 +100,7 @@ def _noise(found: Sequence[Ratio]) -> Iterator[str]:
 def _not_measured(settled: Design, loads: Sequence[Load], starts: Sequence[Start]) -> Iterator[str]:
     options, candidates = settled.options, settled.candidates
     if options.num_blocks < _FEW_BLOCKS:
-        yield f"{options.num_blocks} blocks; {_FEW_BLOCKS} or more steady the intervals"
+        yield f"more than {options.num_blocks} of {_FEW_BLOCKS} blocks, which steady the intervals"
     if "equal-memory" not in settled.memories and options.backend != "transformers":
         yield "equal GPU memory (what the freed room for the KV cache gains): give --memory-gib"
     if options.backend == "serve":
