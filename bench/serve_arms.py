@@ -116,6 +116,13 @@ def config_dtype(folder: Path) -> str:
     return "float32"
 
 
+def context_length(folder: Path) -> int | None:
+    """The most positions a config states; None where it states none."""
+    config = language_config(read_json_object(folder / "config.json", max_bytes=_MAX_BYTES))
+    found = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def vocabulary_size(folder: Path) -> int:
     """The number of token ids that a config states."""
     config = read_json_object(folder / "config.json", max_bytes=_MAX_BYTES)

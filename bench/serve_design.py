@@ -19,6 +19,7 @@ from trsp.bench.transformers_backend import loads as transformers_loads
 from trsp.pruner.errors import UserError
 
 GIB = 2**30
+_MIN_SLACK_TOKENS = 16
 # What a GPU keeps beside weights and KV cache: activations, graphs, the CUDA context.
 _GPU_RESERVE_BYTES = 6 * GIB
 _GPU_SHARE = 0.9
@@ -92,6 +93,18 @@ class Design:
     memories: tuple[Memory, ...]
     models: dict[str, ArmModel]
     resident: bool
+
+    @property
+    def max_model_len(self) -> int:
+        """Of every engine: the workload, and some room where the model has it.
+
+        vLLM's random prompts are token ids turned into text, which a byte-level tokenizer may read
+        back as a few tokens more; without room for them their answers would be cut short.
+        """
+        needed = self.workload.input_len + self.workload.output_len
+        room = max(_MIN_SLACK_TOKENS, self.workload.input_len // 8)
+        context = serve_arms.context_length(self.candidates[0].folder)
+        return needed if context is None else max(needed, min(needed + room, context))
 
     def plan(self) -> dict[str, Any]:
         """Everything that a resumed run must have in common with the one before."""
