@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trsp.bench.process_group import ProcessGroup
+from trsp.bench.process_group import ProcessGroup, shown_command
 from trsp.bench.serve_record import Load, Memory, Start, Workload
 from trsp.bench.speed_backend import ArmModel, Measured, Session
 from trsp.bench.vllm_server import flattened
@@ -142,7 +141,7 @@ class _OfflineSession:
             arm=self._model.arm.name,
             memory=self._memory,
             block=self._block,
-            command=shlex.join(command),
+            command=shown_command(command),
             load_seconds=max(0.0, seconds - measuring),
             weights_gib=sum(map(float, weights)) if weights else None,
             kv_cache_tokens=blocks * size if has_room else None,

@@ -1,7 +1,7 @@
 """A child process that leads a group of its own, logs into a file, and never outlives us."""
 
-import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trsp.serving.server_process import end_with_parent
+
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 _LOG_TAIL_BYTES = 65536
 _MAX_LINE = 300
 # A log's last lines are often a shutdown's; what went wrong stands in a line such as these.
 _TELLING = ("Error", "error:", "out of memory", "Killed", "CANCELLED", "not supported")
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class ProcessGroup:
@@ -43,7 +43,7 @@ class ProcessGroup:
                 stderr=file,
                 env={**os.environ, **environment},
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
 
     def is_alive(self) -> bool:
@@ -76,7 +76,6 @@ class ProcessGroup:
             os.killpg(self.process.pid, number)
 
 
-def _end_with_parent() -> None:
-    """In the child: ask Linux to end it should we be killed without a word."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def shown_command(command: Sequence[str]) -> str:
+    """A command line to type, without the place that its Python is installed in."""
+    return shlex.join([Path(command[0]).name, *command[1:]])

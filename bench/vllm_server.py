@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import socket
 import time
 import urllib.error
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trsp.bench.process_group import ProcessGroup
+from trsp.bench.process_group import ProcessGroup, shown_command
 from trsp.pruner.errors import RunError, UserError
 
 HOST = "127.0.0.1"
@@ -65,7 +64,7 @@ class VllmServer:
     @property
     def command_line(self) -> str:
         """As typed into a shell."""
-        return shlex.join(self.command)
+        return shown_command(self.command)
 
     @property
     def base_url(self) -> str:

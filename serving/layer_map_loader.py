@@ -10,8 +10,9 @@ What cannot happen in silence, and why:
 - the config is not the map's, as with hf_overrides that trim the number of layers alone: refused
   here before loading, as are a map for another checkpoint, adapters and draft models.
 - vLLM gets its weights past this stream: then the stream was not read to its end, an error.
-The dense folder with hf_overrides and WITHOUT this format is plain vLLM, which loads the first n
-layers and says nothing. Nothing of trsp runs there, so it cannot object: use the overlay.
+The dense folder with hf_overrides and WITHOUT this format is plain vLLM. Nothing of trsp runs, and
+vLLM 0.32 refuses the weights of the layers that are left over (tested); others may not: use the
+overlay.
 
 Imported by `trsp.serving.plugin.register` alone: it needs vLLM.
 """

@@ -9,11 +9,14 @@ import pytest
 HEAVY = {
     "accelerate",
     "datasets",
+    "jinja2",
+    "matplotlib",
     "numpy",
     "pandas",
     "peft",
     "pyarrow",
     "safetensors",
+    "scipy",
     "tokenizers",
     "torch",
     "transformers",
@@ -58,7 +61,18 @@ def test_the_layer_map_loads_the_standard_library_alone(tmp_path: Path) -> None:
     assert run_python(code, folder=tmp_path) == ["['trsp']"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["prune", "--help"],
+        ["demo", "--help"],
+        ["plan", "--help"],
+        ["serve", "--help"],
+        ["report", "--help"],
+        ["bench", "serve", "--help"],
+    ],
+)
 def test_help_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     *text, heavy = run_python(f"{HELP}\n{PRINT_HEAVY}", *arguments, folder=tmp_path)
     assert "Usage:" in "\n".join(text)

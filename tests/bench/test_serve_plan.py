@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trsp.bench.serve_plan import (
@@ -54,6 +54,8 @@ DRIFT = st.floats(-0.05, 0.05)
 COST = st.floats(0.1, 100)
 
 
+# scipy is imported by the first example, whatever its deadline.
+@settings(deadline=None, max_examples=50)
 @given(COST, COST, DRIFT, st.integers(1, 4), st.integers(0, 3))
 def test_a_steady_drift_cancels_exactly(
     a: float, b: float, drift: float, num_blocks: int, num_others: int

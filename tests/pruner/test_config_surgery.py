@@ -293,6 +293,13 @@ def test_qwen_without_windows_is_written_no_list() -> None:
     assert load(new_config).layer_types == [FULL, FULL]
 
 
+def test_a_threshold_beyond_every_layer_stays_beyond() -> None:
+    """Cut down to the depth, vLLM would take mixed windows for none and serve them silently."""
+    config = {**pico_config("qwen3"), "max_window_layers": 28}
+    new_config, _ = rewrite_config(config, [0, 4, 5, 7])
+    assert new_config["max_window_layers"] == 28
+
+
 def test_qwen_threshold_counts_the_kept_layers_below_it() -> None:
     config = without_derived_lists(pico_config("qwen3"))
     new_config, _ = rewrite_config(config, [0, 4, 5, 7])

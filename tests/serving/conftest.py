@@ -23,7 +23,7 @@ VOCAB_SIZE = 512
 NUM_LAYERS = 8
 MAX_NEW_TOKENS = 24
 WINDOW = 8
-ANSWER_SECONDS = 240.0
+ANSWER_SECONDS = 600.0
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 SHAPE: dict[str, Any] = {

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TRSP = str(Path(sys.executable).with_name("trsp"))
 NUM_TOKENS = 24
-READY_SECONDS = 300.0
-END_SECONDS = 60.0
+READY_SECONDS = 600.0
+END_SECONDS = 120.0
 FLAGS = (
     "--dtype", "float32", "--max-model-len", "256", "--gpu-memory-utilization", "0.1",
     "--kv-cache-memory-bytes", str(32 * 2**20), "--enforce-eager", "--max-num-seqs", "4",

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from trsp.pruner.checkpoint import open_checkpoint
 from trsp.pruner.layer_map import BaseModel, LayerMap, write_layer_map
 from trsp.serving import server_command
+from trsp.serving.server_command import ServerCommand
+from trsp.serving.server_process import grace_seconds
 
 Run = Callable[..., Any]
 RUN_CLI = "import sys; from trsp.bench.cli import main; sys.argv[0] = 'trsp'; main()"
@@ -237,8 +239,10 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     return environment
 
 
-def start(environment: dict[str, str], *arguments: str | Path) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-P", "-c", RUN_CLI, "serve", *map(str, arguments)]
+def start(
+    environment: dict[str, str], *arguments: str | Path, code: str = RUN_CLI
+) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-P", "-c", code, "serve", *map(str, arguments)]
     return subprocess.Popen(words, env=environment, text=True, stderr=subprocess.PIPE)
 
 
@@ -309,6 +313,31 @@ def test_a_second_signal_ends_a_server_that_does_not_listen(
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 128 + signal.SIGKILL
     wait_until_gone(report["child"])
+
+
+def test_a_server_that_does_not_listen_is_ended_by_time(
+    stand_in: dict[str, str], pico_llama: Path
+) -> None:
+    impatient = f"import trsp.serving.server_process as s; s.GRACE_SECONDS = 1; {RUN_CLI}"
+    process = start({**stand_in, "STAND_IN_IS_DEAF": "1"}, pico_llama, code=impatient)
+    report = report_of(stand_in)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    wait_until_gone(report["child"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [
+        ([], 30),
+        (["--shutdown-timeout", "60"], 90),
+        (["--shutdown-timeout=5"], 35),
+        (["--shutdown-timeout", "soon"], 30),
+        (["--shutdown-timeout"], 30),
+    ],
+)
+def test_vllms_own_patience_comes_on_top(flags: list[str], seconds: int) -> None:
+    assert grace_seconds(ServerCommand(("python", *flags), {})) == seconds
 
 
 def test_a_server_killed_by_a_signal_gives_128_and_its_number(
