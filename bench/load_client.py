@@ -15,6 +15,8 @@ from typing import Any, Self
 from trsp.bench.process_group import ProcessGroup
 from trsp.pruner.errors import RunError
 
+# vLLM's client asks the environment for a proxy, and this machine's traffic is not for it.
+_NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 # -P: the working folder, which may hold a `vllm`, stays off the import path.
 COMMAND = (sys.executable, "-P", "-m", "trsp.bench.load_client_program")
 _START_SECONDS = 600.0
@@ -43,7 +45,11 @@ class LoadClient:
         self._read, write = os.pipe()
         try:
             self.group = ProcessGroup(
-                COMMAND, log=log, environment=environment, stdin=subprocess.PIPE, stdout=write
+                COMMAND,
+                log=log,
+                environment={**environment, **_NO_PROXY},
+                stdin=subprocess.PIPE,
+                stdout=write,
             )
         finally:
             os.close(write)

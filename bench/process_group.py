@@ -48,6 +48,8 @@ class ProcessGroup:
 
     def is_alive(self) -> bool:
         """Whether the leader still runs; it is not reaped, so its group keeps its number."""
+        if self.process.returncode is not None:
+            return False
         state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return state is None
 

@@ -95,11 +95,10 @@ def from_shape(
     candidates = []
     for removed in (0, *sorted(removals)):
         made = folder / (f"{label}-minus-{removed}" if removed else label)
-        if not (made / "config.json").is_file():
-            if isinstance(shape, Path):
-                copy_config_only(shape, made, num_layers=layers - removed)
-            else:
-                write_shape(shape, made, num_layers=layers - removed)
+        if isinstance(shape, Path):
+            copy_config_only(shape, made, num_layers=layers - removed)
+        else:
+            write_shape(shape, made, num_layers=layers - removed)
         name = f"{label}-minus-{removed}" if removed else DENSE
         shown = f"{label}, {layers - removed} of {layers} layers"
         candidates.append(_candidate(name, made, shown, dtype or config_dtype(made), True, []))

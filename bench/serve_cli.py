@@ -106,7 +106,7 @@ def serve(
         return
     result = run_serve(options, tell=lambda line: typer.echo(line, err=True))
     show_serve(result, as_json=as_json)
-    if result.invalid:
+    if result.invalid or any(cell.invalid for cell in result.cells):
         raise typer.Exit(1)
 
 

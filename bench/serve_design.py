@@ -4,6 +4,7 @@ Everything that a user can get wrong is found here: models that do not fit toget
 mean nothing, memory that does not suffice.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,8 +121,8 @@ class Design:
                 name: dict(model.kv_cache_bytes) for name, model in self.models.items()
             },
             "num_blocks": self.options.num_blocks,
-            "resident": self.resident,
             "flags": list(self.options.flags),
+            "max_model_len": self.max_model_len,
             "num_iterations": self.options.num_iterations,
             "prompt_tokens": self.options.prompt_tokens,
         }
@@ -315,6 +316,10 @@ def _resident(
     return needed <= available
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _identity(candidate: Candidate) -> dict[str, Any]:
     """What identifies an arm's model."""
     return {
@@ -323,4 +328,5 @@ def _identity(candidate: Candidate) -> dict[str, Any]:
         "layers": candidate.arm.num_hidden_layers,
         "fingerprint": candidate.arm.fingerprint,
         "weights_sha256": candidate.weights_sha256,
+        "config_sha256": _sha256(candidate.folder / "config.json"),
     }

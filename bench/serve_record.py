@@ -139,7 +139,8 @@ class Ratio(_Frozen):
 
     Attributes:
         estimate: geometric mean over blocks.   low, high: 95 % interval; None with one block.
-        blocks: each block's own speed-up, in order.
+        blocks: each block's own speed-up, in order.   block_numbers: which blocks, 0 first; empty
+            in records from before it was written, where none was left out.
         bound: the most that bytes and FLOPs allow; None where none applies (queueing, KV room).
         verdict: how the interval lies to the bound; for a control, whether it contains 1.
     """
@@ -154,6 +155,7 @@ class Ratio(_Frozen):
     low: float | None
     high: float | None
     blocks: list[float]
+    block_numbers: list[Count] = []
     bound: float | None
     achieved_over_bound: float | None
     verdict: str

@@ -37,14 +37,12 @@ def cell_problems(
     workload: Workload,
     *,
     cpu_share: float,
-    compiled: bool,
     prefix_cache_hits: int,
 ) -> list[str]:
     """Why one run of vLLM's serving client does not count; empty when it does.
 
     Args:
         document: vLLM's JSON with its per-request lists.
-        compiled: whether the engine compiled or captured graphs inside the window.
     """
     problems = []
     completed, failed = int(document["completed"]), int(document["failed"])
@@ -56,8 +54,6 @@ def cell_problems(
         problems.append(
             f"the client took {cpu_share:.0%} of a core: it may be slower than the server"
         )
-    if compiled:
-        problems.append("the engine compiled or captured graphs inside the window")
     if prefix_cache_hits:
         problems.append(f"{prefix_cache_hits} tokens came from the prefix cache")
     if load.kind == "open" and load.request_rate and completed > 1:

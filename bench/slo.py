@@ -197,7 +197,7 @@ def plan_for_slo(
             costs = _costs(found, target, concurrency, layers)
             fit = linear_fit(list(costs), _paired(costs))
         interval = _mean(costs[depth])
-        verified = (interval.high or interval.estimate) <= target.cost_limit
+        verified = interval.high is not None and interval.high <= target.cost_limit
         if verified or attempt + 1 == MAX_ROUNDS:
             break
         remarks.append(
@@ -270,6 +270,9 @@ def _costs(
     costs: dict[int, list[float]] = {}
     load = f"closed {concurrency}"
     for record in records:
+        if record.invalid or record.partial:
+            state = "partial" if record.partial else f"invalid ({record.invalid[0]})"
+            raise UserError(f"a record is {state}; measure again, or leave out --record")
         dense = next(arm for arm in record.arms if arm.role == "dense")
         if dense.num_hidden_layers != layers:
             raise UserError(

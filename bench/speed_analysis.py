@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from trsp.bench.bounds import ModelCost, achieved_over_bound, decode_bound, prefill_bound, verdict
 from trsp.bench.serve_plan import CONTROL, DENSE
-from trsp.bench.serve_record import Backend, Cell, Load, Memory, Ratio, Workload
+from trsp.bench.serve_record import Cell, Load, Memory, Ratio, Workload
 from trsp.bench.statistics import Interval, block_log_ratio, ratio_interval
 
 # In an open loop the client sets the pace: a throughput says what was asked for.
-_PACED = ("throughput", "goodput", "per_second")
+_PACED = ("throughput", "per_second")
 _LOWER_IS_BETTER = ("_ms", "_s", "latency")
 
 
@@ -23,8 +23,6 @@ def ratios(
     loads: Sequence[Load],
     workload: Workload,
     costs: Mapping[str, ModelCost],
-    *,
-    backend: Backend,
 ) -> tuple[list[Ratio], list[str]]:
     """Speed-up over the dense arm for every arm, load and metric that all blocks measured.
 
@@ -44,18 +42,24 @@ def ratios(
             for arm in dict.fromkeys(cell.arm for cell in chosen if cell.arm != DENSE):
                 other = _by_block(chosen, arm)
                 blocks = [block for block in dense if block in other]
+                planned = len({cell.block for cell in chosen})
+                if 0 < len(blocks) < planned:
+                    missing.append(
+                        f"{arm}, {memory}, {name}: {len(blocks)} of {planned} blocks count"
+                    )
                 if not blocks:
                     missing.append(f"{arm}, {memory}, {name}: no block with every cell valid")
                     continue
                 pairs = [(dense[block], other[block]) for block in blocks]
                 for metric in pairs[0][0][0].metrics:
-                    ratio = _ratio(metric, pairs, by_load[name], memory, arm)
+                    ratio = _ratio(metric, blocks, pairs, by_load[name], memory, arm)
                     if isinstance(ratio, str):
                         if ratio:
                             missing.append(ratio)
                         continue
+                    tokens = _prompt_tokens(chosen[0])
                     bound = _bound(
-                        metric, by_load[name], workload, costs[DENSE], costs[arm], memory, backend
+                        metric, by_load[name], workload, costs[DENSE], costs[arm], memory, tokens
                     )
                     found.append(
                         _judged(
@@ -65,6 +69,11 @@ def ratios(
                         )
                     )
     return found, missing
+
+
+def _prompt_tokens(cell: Cell) -> int:
+    """Tokens of one prompt, which the paper's protocol does not take from the workload."""
+    return max(1, cell.total_input_tokens // max(1, cell.completed))
 
 
 def _by_block(cells: Iterable[Cell], arm: str) -> dict[int, list[Cell]]:
@@ -78,6 +87,7 @@ def _by_block(cells: Iterable[Cell], arm: str) -> dict[int, list[Cell]]:
 
 def _ratio(
     metric: str,
+    blocks: Sequence[int],
     pairs: Sequence[tuple[Sequence[Cell], Sequence[Cell]]],
     load: Load,
     memory: Memory,
@@ -105,6 +115,7 @@ def _ratio(
         low=interval.low,
         high=interval.high,
         blocks=[math.exp(log) for log in logs],
+        block_numbers=list(blocks),
         bound=None,
         achieved_over_bound=None,
         verdict="",
@@ -118,18 +129,15 @@ def _bound(
     dense: ModelCost,
     pruned: ModelCost,
     memory: Memory,
-    backend: Backend,
+    prompt_tokens: int,
 ) -> float | None:
     """The most that fewer bytes and FLOPs can gain: the larger of the roofline's two ratios.
 
     A step that takes max(bytes / bandwidth, FLOPs / rate) cannot speed up by more than the larger
     of the two ratios. None where time is spent waiting (open loop), and where KV room differs.
     """
-    if load.kind == "open" or memory == "equal-memory":
+    if load.kind == "open" or memory == "equal-memory" or "goodput" in metric:
         return None
-    if backend == "transformers":
-        # Nothing hides what launching a layer's kernels takes, so the layers' ratio is the limit.
-        return dense.num_hidden_layers / pruned.num_hidden_layers
     batch = load.concurrency or load.num_requests
     context = workload.input_len + workload.output_len // 2
     decode = max(
@@ -138,10 +146,10 @@ def _bound(
     )
     # A prompt's weights are read once, whatever its length.
     prefill = max(
-        prefill_bound(dense, pruned, tokens=workload.input_len),
+        prefill_bound(dense, pruned, tokens=prompt_tokens),
         decode_bound(dense, pruned, batch=1, context=0),
     )
-    if batch == 1 and "ttft" in metric:
+    if metric.startswith("prompt_") or (batch == 1 and "ttft" in metric):
         return prefill
     if batch == 1 and ("tpot" in metric or "itl" in metric):
         return decode

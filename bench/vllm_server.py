@@ -19,7 +19,9 @@ HOST = "127.0.0.1"
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 30.0
-_COMPILES = re.compile(r"Starting torch\.compile|Capturing|Compiling a graph|recompil", re.I)
+COMPILES = re.compile(
+    r"Starting torch\.compile|Capturing|Compiling a graph|recompil|JIT compilation|autotuning", re.I
+)
 _WEIGHTS = re.compile(r"Model loading took ([0-9.]+) GiB")
 _SAMPLE = re.compile(r"^(?P<name>vllm:\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 # A proxy of the user's must not see requests to this machine.
@@ -136,7 +138,7 @@ class VllmServer:
         """Whether the log speaks of compilation or graph capture after its first `size` bytes."""
         with self.group.log.open("rb") as file:
             file.seek(size)
-            return _COMPILES.search(file.read().decode(errors="replace")) is not None
+            return COMPILES.search(file.read().decode(errors="replace")) is not None
 
     def _answers(self, path: str) -> bool:
         try:

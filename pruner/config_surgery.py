@@ -214,8 +214,8 @@ def _carry_over(
             else:
                 refusals.append(f"{prefix}{name} has {len(value)} entries, not {num_layers}")
         elif name in _THRESHOLDS and type(value) is int:
-            # Beyond every layer it means none, at any depth; vLLM takes a threshold at the depth for
-            # something else, and would then serve mixed windows as none.
+            # Beyond every layer it means none, at any depth; vLLM takes a threshold at the depth
+            # for something else, and would then serve mixed windows as none.
             new[name] = value if value > num_layers else sum(layer < value for layer in kept)
         elif name not in own_fields:
             refusals += _dependences(prefix + name, value, num_layers)

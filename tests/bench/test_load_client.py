@@ -126,7 +126,7 @@ def test_a_client_that_cannot_start_is_one_line(make: Make, tmp_path: Path) -> N
         client.wait_until_ready(nothing)
     (tmp_path / "packages/vllm/benchmarks/serve.py").write_text("import no_such_module\n")
     with (
-        pytest.raises(RunError, match="client ended: .*No module named 'no_such_module'"),
+        pytest.raises(RunError, match=r"client ended: .*No module named 'no_such_module'"),
         make() as client,
     ):
         client.wait_until_ready(nothing)
@@ -140,7 +140,7 @@ def test_a_client_that_never_answers_is_ended(why: str, make: Make, server: Vllm
         if asked and why == "signal":
             raise Interrupted(2)
 
-    with pytest.raises((RunError, Interrupted)) as raised, make("stuck") as client:
+    with pytest.raises((RunError, Interrupted)) as raised, make("stuck") as client:  # noqa: PT012
         client.wait_until_ready(nothing)
         asked = True
         seconds = 0.6 if why == "timeout" else 60.0
@@ -162,10 +162,10 @@ def test_the_client_ends_with_its_stdin_even_where_no_signal_tells_it(tmp_path: 
 
 
 def test_no_descriptor_leaks(make: Make) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with make() as client:
         client.wait_until_ready(nothing)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
 def test_the_command_line_is_that_of_the_experiment(server: VllmServer) -> None:
@@ -193,10 +193,8 @@ def test_zero_completed_requests_is_one_line(make: Make, server: VllmServer) -> 
     with make("fails") as client:
         client.wait_until_ready(nothing)
         result = client.measure(arguments(server), timeout_seconds=60, waiting=nothing)
-    with pytest.raises(RunError, match="closed 2: not one of 6 requests .*: Connect call failed"):
-        measured(
-            result, CLOSED, WORKLOAD, compiled=False, prefix_cache_hits=0, num_preemptions=0
-        )
+    with pytest.raises(RunError, match=r"closed 2: not one of 6 requests .*: Connect call failed"):
+        measured(result, CLOSED, WORKLOAD, compiled=False, prefix_cache_hits=0, num_preemptions=0)
 
 
 @pytest.mark.parametrize(("count", "has_p99"), [(999, False), (1000, True)])
@@ -207,9 +205,7 @@ def test_a_p99_needs_a_thousand_requests(
     with make() as client:
         client.wait_until_ready(nothing)
         result = client.measure(arguments(server, load), timeout_seconds=60, waiting=nothing)
-    found = measured(
-        result, load, WORKLOAD, compiled=False, prefix_cache_hits=0, num_preemptions=3
-    )
+    found = measured(result, load, WORKLOAD, compiled=False, prefix_cache_hits=0, num_preemptions=3)
     assert ("p99_ttft_ms" in found.metrics) is has_p99
     assert found.notes == ["3 preemptions"]
     assert found.invalid == []

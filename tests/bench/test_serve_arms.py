@@ -89,14 +89,14 @@ def test_fewer_but_larger_layers_are_no_pruned_model(dense: Path, tmp_path: Path
     config = json.loads((wide / "config.json").read_text())
     config["intermediate_size"] *= 8
     (wide / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="wide: .*parameters"):
+    with pytest.raises(UserError, match=r"wide: .*parameters"):
         from_folders(dense, [wide], dtype=None, dummy_weights=True)
 
 
 @pytest.mark.parametrize("place", ["dense", "pruned"])
 def test_a_folder_without_a_config(place: str, dense: Path, tmp_path: Path) -> None:
     folders = [dense, tmp_path] if place == "pruned" else [tmp_path, dense]
-    with pytest.raises(UserError, match="has no config.json; give the folder of a checkpoint"):
+    with pytest.raises(UserError, match=r"has no config.json; give the folder of a checkpoint"):
         from_folders(folders[0], folders[1:], dtype=None, dummy_weights=False)
 
 
@@ -115,7 +115,9 @@ def test_another_tokenizer_is_refused(dense: Path, pruned: Path, tmp_path: Path)
     first, second = list(vocabulary)[40:42]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="other: its tokenizer is not that of .*copy the dense") as e:
+    with pytest.raises(
+        UserError, match=r"other: its tokenizer is not that of .*copy the dense"
+    ) as e:
         from_folders(dense, [other], dtype=None, dummy_weights=False)
     assert "\n" not in str(e.value)
 
@@ -171,7 +173,7 @@ def test_removals_that_mean_nothing(removals: list[int], tmp_path: Path) -> None
 
 
 def test_an_unknown_shape_names_those_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--shape 'gpt-9' is unknown; choose from .*llama3-8b"):
+    with pytest.raises(UserError, match=r"--shape 'gpt-9' is unknown; choose from .*llama3-8b"):
         from_shape("gpt-9", [1], tmp_path, dtype=None)
 
 

@@ -1,4 +1,4 @@
-"""`trsp bench serve` as typed: refusals, dry run, and whole experiments over a vLLM that is none."""
+"""`trsp bench serve` as typed: refusals, dry run, whole experiments over a stand-in for vLLM."""
 
 import importlib.util
 import json
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from trsp.bench import load_client, vllm_server
 from trsp.bench.cli import app
 from trsp.bench.serve_record import ServeRecord, read_serve_record
+from trsp.serving import vllm_versions
 
 _spec = importlib.util.spec_from_file_location("stand_in", Path(__file__).with_name("stand_in.py"))
 assert _spec is not None
@@ -65,7 +67,8 @@ SMALL = (
         (["--shape", "pico", "--remove", "8"], "--remove [8]: pico has 8 layers"),
         (["--shape", "pico"], "--remove []: pico has 8 layers"),
         (["nowhere", "neither"], "nowhere: has no config.json"),
-        ([*PICO, "--out", "."], "--out"),
+        ([*PICO, "--memory", "equal-memory"], "--memory equal-memory without a GPU"),
+        ([*PICO, "--out", "."], "--out .: give a folder of its own"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line_and_exit_2(
@@ -88,10 +91,10 @@ def test_an_unknown_option_is_not_taken_for_vllms(tmp_path: Path) -> None:
 
 
 class Bench:
-    """`trsp bench serve` in a process, over the stand-in."""
+    """`trsp bench serve` over the stand-in: in this process, or in one that can be killed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "out"
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.out, self.patch = folder, folder / "out", patch
         self.environment = stand_in.install(folder)
         self.token = self.environment[stand_in.TOKEN]
 
@@ -104,11 +107,16 @@ class Bench:
 
     def run(self, *words: str, code: int = 0, **environment: str) -> tuple[str, str]:
         """(stdout, stderr) of a run that ends with `code` and leaves nothing running."""
-        process = self.start(*words, **environment)
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == code, stderr
-        stand_in.wait_until_gone(self.token)
-        return stdout, stderr
+        with self.patch.context() as patch:
+            patch.chdir(self.folder)
+            # The metadata of a vLLM, which is looked for along this process's path.
+            patch.syspath_prepend(self.token)
+            for name, value in {**self.environment, **environment}.items():
+                patch.setenv(name, value)
+            done = CliRunner().invoke(app, ["bench", "serve", "--out", "out", *words])
+        assert done.exit_code == code, (done.output, done.exception)
+        assert stand_in.carriers(self.token) == []
+        return done.stdout, done.stderr
 
     def starts(self) -> list[str]:
         path = Path(self.environment["STAND_IN_STARTS"])
@@ -119,26 +127,27 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(load_client, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(vllm_server, "_POLL_SECONDS", 0.05)
+    made = Bench(tmp_path, monkeypatch)
     yield made
     stand_in.wait_until_gone(made.token)
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(bench: Bench) -> None:
-    before = sorted(bench.folder.rglob("*"))
+    before = sorted(path for path in bench.folder.rglob("*") if "packages" not in path.parts)
     stdout, _ = bench.run(*SMALL, "--dry-run", "--", "--max-num-seqs", "4")
     assert "block     dense, dense again, pico-minus-2, pico-minus-2, dense again, dense" in stdout
     assert "cells     6 measurements in 1 blocks" in stdout
     assert "--max-num-seqs 4" in stdout
-    assert sorted(bench.folder.rglob("*")) == before
+    after = sorted(path for path in bench.folder.rglob("*") if "packages" not in path.parts)
+    assert after == before
     assert bench.starts() == []
 
 
 @pytest.mark.parametrize(("servers", "num_starts"), [("resident", 3), ("restart", 6)])
-def test_a_whole_experiment_and_its_resumption(
-    servers: str, num_starts: int, bench: Bench
-) -> None:
+def test_a_whole_experiment_and_its_resumption(servers: str, num_starts: int, bench: Bench) -> None:
     words = [*SMALL, "--servers", servers, "--json"]
     stdout, _ = bench.run(*words, "--", "--max-num-seqs", "4")
     record = bench.record()
@@ -156,6 +165,37 @@ def test_a_whole_experiment_and_its_resumption(
     assert len(bench.starts()) == num_starts
 
 
+def test_a_resumed_run_keeps_to_what_auto_chose(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What memory is free changes from hour to hour; it must not make another experiment."""
+    bench.run(*SMALL, code=1, STAND_IN_CLIENT="third")
+    free = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_AVPHYS_PAGES" else free(name))
+    bench.run(*SMALL, "--resume")
+    assert not bench.record().partial
+
+
+def test_another_engine_is_another_experiment(bench: Bench) -> None:
+    bench.run(*SMALL, code=1, STAND_IN_CLIENT="third")
+    metadata = next(Path(bench.token).glob("*.dist-info/METADATA"))
+    metadata.write_text(metadata.read_text().replace("0.32.0", "0.31.0"))
+    _, stderr = bench.run(*SMALL, "--resume", code=2)
+    assert "(engine differ)" in stderr
+
+
+def test_a_refused_engine_leaves_no_folder_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> tuple[str, str]:
+        raise ImportError("vLLM is not installed: pip install it")
+
+    monkeypatch.setattr(vllm_versions, "installed_vllm", absent)
+    _, stderr = bench.run(*SMALL, code=2)
+    assert stderr == "error: vLLM is not installed: pip install it\n"
+    assert not bench.out.exists()
+
+
 @pytest.mark.parametrize(
     ("server", "told"),
     [
@@ -166,9 +206,7 @@ def test_a_whole_experiment_and_its_resumption(
         ("unhealthy", "was not healthy after 2 s"),
     ],
 )
-def test_a_server_that_fails_is_one_line_and_exit_1(
-    server: str, told: str, bench: Bench
-) -> None:
+def test_a_server_that_fails_is_one_line_and_exit_1(server: str, told: str, bench: Bench) -> None:
     _, stderr = bench.run(*SMALL, "--health-timeout", "2", code=1, STAND_IN=server)
     last = stderr.splitlines()[-1]
     assert last.startswith("error: ")

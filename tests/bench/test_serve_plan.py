@@ -91,9 +91,7 @@ def test_the_densest_load_is_a_closed_one() -> None:
     assert densest(loads[:1]).name == "closed 1"
 
 
-@pytest.mark.parametrize(
-    ("concurrency", "count"), [(1, 200), (20, 200), (21, 210), (128, 1280)]
-)
+@pytest.mark.parametrize(("concurrency", "count"), [(1, 200), (20, 200), (21, 210), (128, 1280)])
 def test_enough_requests(concurrency: int, count: int) -> None:
     assert enough_requests(concurrency) == count
     (load,) = closed_loads([concurrency], None)
@@ -102,7 +100,7 @@ def test_enough_requests(concurrency: int, count: int) -> None:
 
 @pytest.mark.parametrize("concurrencies", [[], [0], [-1, 2], [2, 2]])
 def test_concurrencies_that_mean_nothing(concurrencies: list[int]) -> None:
-    with pytest.raises(UserError, match="--concurrency .*different positive numbers"):
+    with pytest.raises(UserError, match=r"--concurrency .*different positive numbers"):
         closed_loads(concurrencies, None)
 
 
@@ -121,7 +119,7 @@ def test_open_loads_are_shares_of_the_capacity() -> None:
 
 @pytest.mark.parametrize("shares", [[0.0], [1.0], [-0.1], [30.0], [0.5, 0.5], [float("nan")]])
 def test_rates_that_mean_nothing(shares: list[float]) -> None:
-    with pytest.raises(UserError, match="--rate .*different shares"):
+    with pytest.raises(UserError, match=r"--rate .*different shares"):
         open_loads(shares, 10.0, None)
 
 
@@ -131,5 +129,5 @@ def test_arms_are_called_by_the_end_of_their_path() -> None:
 
 @pytest.mark.parametrize("folders", [["a/x", "b/x"], ["a/dense"], ["a/x y", "a/x_y"]])
 def test_arms_of_one_name_are_refused(folders: list[str]) -> None:
-    with pytest.raises(UserError, match="two models are called .*rename one"):
+    with pytest.raises(UserError, match=r"two models are called .*rename one"):
         arm_names(folders)

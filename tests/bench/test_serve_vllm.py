@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,15 +38,21 @@ QUIET = {
 def run(
     words: list[str], folder: Path, token: str, *, seconds: float
 ) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-P", *words],
         cwd=folder,
         env={**os.environ, **QUIET, stand_in.TOKEN: token},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=seconds,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    finally:
+        for pid in stand_in.carriers(token):
+            os.kill(pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
 def test_three_servers_are_measured_and_a_resumed_run_starts_none(tmp_path: Path) -> None:

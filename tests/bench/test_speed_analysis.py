@@ -210,7 +210,7 @@ def test_a_goodput_of_zero_is_named_and_not_compared() -> None:
     assert missing == ["p, equal-kv, closed 1: request_goodput is 0 in a block: no ratio"]
 
 
-# At batch 1 a step reads head, layers, a row of the embedding and 18 tokens of cache for each layer:
+# At batch 1 a step reads head, layers, a row of the embedding, and 18 cached tokens a layer:
 # 4 * (4000 + 4 * 1000 + 10) + 4 * 18 * 8 * 4 = 34344 bytes dense, 24 * 1000 + 40 + 1152 pruned.
 BYTES = (4 * (4000 + 4 * 1000 + 10) + 4 * 18 * 8 * 4) / (
     4 * (4000 + 2 * 1000 + 10) + 2 * 18 * 8 * 4

@@ -109,7 +109,11 @@ def kept(notebook: Notebook, todo: list[Step]) -> list[float]:
 def test_everything_is_measured_once_in_order(
     resident: bool, num_starts: int, most: int, tmp_path: Path
 ) -> None:
-    notebook, backend, todo = Notebook(tmp_path / "out", PLAN, resume=False), Backend(), plan_steps()
+    notebook, backend, todo = (
+        Notebook(tmp_path / "out", PLAN, resume=False),
+        Backend(),
+        plan_steps(),
+    )
     told = go(notebook, backend, todo, resident=resident)
     assert backend.measured == [(step.arm, load.name) for step in todo for load in step.loads]
     assert kept(notebook, todo) == [float(n) for n in range(1, 25)]
@@ -162,7 +166,11 @@ def test_every_arm_that_was_measured_has_its_start_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_signal_before_a_start_ends_what_runs(resident: bool, tmp_path: Path) -> None:
-    notebook, backend, todo = Notebook(tmp_path / "out", PLAN, resume=False), Backend(), plan_steps()
+    notebook, backend, todo = (
+        Notebook(tmp_path / "out", PLAN, resume=False),
+        Backend(),
+        plan_steps(),
+    )
 
     def stop() -> None:
         if len(backend.started) == 2:

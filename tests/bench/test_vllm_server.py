@@ -164,7 +164,7 @@ def test_a_stop_while_waiting_is_passed_on(make: Make) -> None:
 
 def test_a_server_that_dies_after_its_health_tells_why(make: Make) -> None:
     server = make("mortal")
-    with pytest.raises(RunError, match=r"exit code 7: .*the engine fell over"), server:
+    with pytest.raises(RunError, match=r"exit code 7: .*the engine fell over"), server:  # noqa: PT012
         server.wait_until_healthy(60, nothing)
         wait_for_end(server)
         server.require_alive()
@@ -173,7 +173,7 @@ def test_a_server_that_dies_after_its_health_tells_why(make: Make) -> None:
 @pytest.mark.parametrize("question", ["engine_config", "counters", "kv_cache"])
 def test_a_question_to_a_dead_server_tells_why_it_died(question: str, make: Make) -> None:
     server = make("mortal")
-    with pytest.raises(RunError, match=r"exit code 7: .*the engine fell over"), server:
+    with pytest.raises(RunError, match=r"exit code 7: .*the engine fell over"), server:  # noqa: PT012
         server.wait_until_healthy(60, nothing)
         wait_for_end(server)
         getattr(server, question)()
@@ -193,7 +193,7 @@ def test_another_server_on_the_port_is_not_taken_for_ours(
     with make("") as other:
         other.wait_until_healthy(60, nothing)
         monkeypatch.setattr(vllm_server, "free_port", lambda: other.port)
-        with (
+        with (  # noqa: PT012
             pytest.raises(RunError, match=r"the server ended .*Address already in use"),
             make("") as ours,
         ):
@@ -201,9 +201,7 @@ def test_another_server_on_the_port_is_not_taken_for_ours(
             ours.wait_until_healthy(60, nothing)
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(
-    make: Make, tmp_path: Path
-) -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_starts(make: Make, tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -257,8 +255,8 @@ def test_a_configuration_is_flattened() -> None:
 
 
 def test_no_descriptor_leaks(make: Make) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(2):
         with pytest.raises(RunError), make("dies") as server:
             server.wait_until_healthy(60, nothing)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
