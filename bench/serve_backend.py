@@ -112,7 +112,7 @@ class _ServeSession:
     waiting: Callable[[], None]
 
     def measure(self, load: Load) -> Measured:
-        """See Session. A window with compilation in it is thrown away once: a first use compiles."""
+        """See Session. A window with compilation in it is thrown away, once."""
         found, compiled = self._measure(load)
         if compiled:
             found, compiled = self._measure(load)

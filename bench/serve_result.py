@@ -15,7 +15,8 @@ from trsp.bench.statistics import CONFIDENCE
 _MIN_REQUESTS_FOR_P99 = 1000
 _FEW_BLOCKS = 5
 _JUDGED = (
-    "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "avg_latency_ms", "tokens_per_second",
+    "output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "avg_latency_ms",
+    "tokens_per_second",
     "generation_throughput", "prompt_throughput",
 )  # fmt: skip
 

@@ -37,7 +37,7 @@ def sound() -> dict[str, Any]:
 
 
 def problems(document: dict[str, Any], load: Load = CLOSED, **changes: Any) -> list[str]:
-    told: dict[str, Any] = {"cpu_share": 0.5, "compiled": False, "prefix_cache_hits": 0}
+    told: dict[str, Any] = {"cpu_share": 0.5, "prefix_cache_hits": 0}
     return cell_problems(document, load, WORKLOAD, **(told | changes))
 
 
@@ -73,7 +73,6 @@ def test_late_requests_of_a_closed_loop_are_its_nature() -> None:
     ("planted", "told"),
     [
         ({"cpu_share": 0.91}, "the client took 91% of a core: it may be slower than the server"),
-        ({"compiled": True}, "the engine compiled or captured graphs inside the window"),
         ({"prefix_cache_hits": 1}, "1 tokens came from the prefix cache"),
         ({"prefix_cache_hits": None}, "the server does not count what came from its prefix cache"),
     ],
@@ -83,7 +82,7 @@ def test_a_planted_defect_of_the_surroundings(planted: dict[str, Any], told: str
 
 
 def test_all_problems_are_told() -> None:
-    assert len(problems(sound() | {"failed": 2}, cpu_share=2.0, compiled=True)) == 3
+    assert len(problems(sound() | {"failed": 2}, cpu_share=2.0)) == 2
 
 
 MakeCell = Callable[..., Cell]

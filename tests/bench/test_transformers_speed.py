@@ -193,8 +193,12 @@ def test_the_protocol_runs_in_blocks_and_leaves_a_record(tmp_path: Path) -> None
     assert not record.partial
     assert record.label is not None
     assert "random weights" in record.label
-    bounds = {ratio.arm: ratio.bound for ratio in record.ratios if ratio.bound is not None}
-    assert bounds == pytest.approx({"pico-minus-2": 8 / 6, "pico-minus-4": 2.0})
+    for ratio in record.ratios:
+        if ratio.arm != "dense again":
+            layers = {"pico-minus-2": 6, "pico-minus-4": 4}[ratio.arm]
+            # Embedding and head stay, so the bound is below the ratio of the layers.
+            assert ratio.bound is not None
+            assert 1 < ratio.bound < 8 / layers
     assert all(start.weights_gib for start in record.starts)
 
 
