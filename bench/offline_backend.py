@@ -1,6 +1,7 @@
 """vLLM's offline benchmarks, `latency` and `throughput`: a fresh engine for each measurement."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -11,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trsp.bench.offline_program import call_line
 from trsp.bench.process_group import ProcessGroup, shown_command
 from trsp.bench.serve_record import Load, Memory, Start, Workload
-from trsp.bench.speed_backend import ArmModel, Measured, Session
-from trsp.bench.vllm_server import flattened
+from trsp.bench.speed_backend import ArmModel, Measured, Session, with_variables
+from trsp.bench.vllm_server import COMPILES, flattened
 from trsp.pruner.errors import RunError
 
 _PROGRAM = (sys.executable, "-P", "-m", "trsp.bench.offline_program")
@@ -125,14 +127,26 @@ class _OfflineSession:
                 f"(whole log: {log})"
             )
         document = json.loads(out.read_text(encoding="utf-8"))
-        self._start = self._told(command, log, out, document, time.monotonic() - started)
-        return self._measured(load, document)
+        watched = json.loads(Path(f"{out}.engine.json").read_text(encoding="utf-8"))
+        text = log.read_text(errors="replace")
+        seconds = time.monotonic() - started
+        self._start = self._told(command, text, watched["vllm_config"], document, seconds)
+        timed = watched["calls"][-backend.num_iterations if backend.name == "latency" else -1 :]
+        first = len(watched["calls"]) - len(timed)
+        invalid = call_problems(timed, load, backend.workload)
+        if COMPILES.search(text.partition(call_line(first))[2]):
+            invalid.append("the engine compiled or captured graphs inside the window")
+        return self._measured(document, timed, invalid)
 
     def _told(
-        self, command: list[str], log: Path, out: Path, document: dict[str, Any], seconds: float
+        self,
+        command: list[str],
+        log: str,
+        config: dict[str, Any],
+        document: dict[str, Any],
+        seconds: float,
     ) -> Start:
-        config = json.loads(Path(f"{out}.engine.json").read_text(encoding="utf-8"))
-        weights = _WEIGHTS.findall(log.read_text(errors="replace"))
+        weights = _WEIGHTS.findall(log)
         cache = config.get("cache_config", {})
         blocks, size = cache.get("num_gpu_blocks"), cache.get("block_size")
         has_room = isinstance(blocks, int) and isinstance(size, int)
@@ -141,7 +155,7 @@ class _OfflineSession:
             arm=self._model.arm.name,
             memory=self._memory,
             block=self._block,
-            command=shown_command(command),
+            command=with_variables(self._backend.environment, shown_command(command)),
             load_seconds=max(0.0, seconds - measuring),
             weights_gib=sum(map(float, weights)) if weights else None,
             kv_cache_tokens=blocks * size if has_room else None,
@@ -149,33 +163,41 @@ class _OfflineSession:
             engine_config=flattened(config),
         )
 
-    def _measured(self, load: Load, document: dict[str, Any]) -> Measured:
-        workload, backend = self._backend.workload, self._backend
-        if backend.name == "latency":
-            batch = load.concurrency or 1
+    def _measured(
+        self, document: dict[str, Any], timed: Sequence[dict[str, Any]], invalid: list[str]
+    ) -> Measured:
+        if self._backend.name == "latency":
             metrics = {"avg_latency_ms": document["avg_latency"] * 1000}
             for percentile, seconds in document["percentiles"].items():
-                if percentile != "99" or backend.num_iterations >= 1000:
+                if percentile != "99" or self._backend.num_iterations >= 1000:
                     metrics[f"p{percentile}_latency_ms"] = seconds * 1000
-            count = batch * backend.num_iterations
-            totals = (count * workload.input_len, count * workload.output_len)
         else:
-            count = int(document["num_requests"])
             metrics = {
                 name: float(document[name]) for name in ("requests_per_second", "tokens_per_second")
             }
-            outputs = count * workload.output_len
-            totals = (int(document["total_num_tokens"]) - outputs, outputs)
+        prompts = sorted({call["prompts_sha256"] for call in timed})
         return Measured(
             metrics=metrics,
-            completed=count,
+            completed=sum(len(call["output_lens"]) for call in timed),
             failed=0,
-            total_input_tokens=totals[0],
-            total_output_tokens=totals[1],
+            total_input_tokens=sum(sum(call["prompt_lens"]) for call in timed),
+            total_output_tokens=sum(sum(call["output_lens"]) for call in timed),
             raw=document,
-            invalid=(
-                []
-                if totals[0] == count * workload.input_len
-                else [f"{totals[0]} prompt tokens, planned {count * workload.input_len}"]
-            ),
+            prompts_sha256=hashlib.sha256("".join(prompts).encode()).hexdigest(),
+            invalid=invalid,
         )
+
+
+def call_problems(timed: Sequence[dict[str, Any]], load: Load, workload: Workload) -> list[str]:
+    """Why the timed calls of an engine do not count; empty when they do.
+
+    A prompt of vLLM's throughput benchmark is token ids turned into text, which a tokenizer may
+    read back as a few more or fewer: its length is not checked, and that every arm got the same is.
+    """
+    lengths = [length for call in timed for length in call["output_lens"]]
+    problems = []
+    if len(lengths) != load.num_requests:
+        problems.append(f"{len(lengths)} requests were timed, planned {load.num_requests}")
+    if any(length != workload.output_len for length in lengths):
+        problems.append(f"outputs are not all {workload.output_len} tokens long")
+    return problems

@@ -28,9 +28,6 @@ def environment() -> dict[str, Any]:
     """Versions, processor, GPU, commit and command line of this process."""
     import torch
 
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **_gpu_state()}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -40,7 +37,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "num_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": gpu_state(),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -68,19 +65,29 @@ def write_record(path: Path, document: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(whole, indent=1) + "\n")
 
 
-def _gpu_state() -> dict[str, str]:
-    """Driver, clocks and power cap of the first GPU; empty where nvidia-smi is not there."""
+def gpu_state() -> dict[str, str] | None:
+    """Name, driver, clocks and power cap of the GPU that torch takes first; None without one.
+
+    Name and CUDA version alone where nvidia-smi is not there.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    gpu = {"name": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    # nvidia-smi numbers all GPUs, torch those of CUDA_VISIBLE_DEVICES: the UUID is the same.
     query = [
         "nvidia-smi",
-        "--id=0",
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
         f"--query-gpu={','.join(_GPU_FIELDS)}",
         "--format=csv,noheader",
     ]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_GPU_FIELDS, (item.strip() for item in done.stdout.split(",")), strict=False))
+        return gpu
+    values = (item.strip() for item in done.stdout.split(","))
+    return gpu | dict(zip(_GPU_FIELDS, values, strict=False))
 
 
 def _git(root: Path, *arguments: str) -> str:

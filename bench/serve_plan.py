@@ -1,8 +1,9 @@
 """The design of a speed experiment: which arm is measured when, under which load, with what memory.
 
 Every block runs the arms forwards and backwards (A B B A; with more arms A B C C B A), so a drift
-that is linear in time moves every arm alike. The dense model is there twice: the second is the
-control, whose ratio to the first is the noise floor, found in the same blocks.
+that is linear in time moves every arm alike. Every second block begins from the other end, so no
+arm is always measured first or always twice in a row. The dense model is there twice: the second
+is the control, whose ratio to the first is the noise floor, found in the same blocks.
 """
 
 import re
@@ -37,20 +38,24 @@ def palindrome(arms: Sequence[str]) -> tuple[str, ...]:
 
 
 def steps(
-    arms: Sequence[str], loads: Sequence[Load], memories: Sequence[Memory], num_blocks: int
+    arms: Sequence[str],
+    loads: Sequence[Load],
+    saturating: Load,
+    memories: Sequence[Memory],
+    num_blocks: int,
 ) -> Iterator[Step]:
-    """Everything to be measured, in order. At equal memory only the densest closed load is."""
+    """Everything to be measured, in order. At equal memory only the saturating load is."""
     for memory in memories:
-        chosen = tuple(loads) if memory == "equal-kv" else (densest(loads),)
+        chosen = tuple(loads) if memory == "equal-kv" else (saturating,)
         for block in range(num_blocks):
-            for position, arm in enumerate(palindrome(arms)):
+            order = palindrome(list(reversed(arms)) if block % 2 else arms)
+            for position, arm in enumerate(order):
                 yield Step(memory, block, position, arm, chosen)
 
 
-def densest(loads: Sequence[Load]) -> Load:
-    """The closed load with the most requests in flight; the only one where there is one."""
-    closed = [load for load in loads if load.kind != "open"]
-    return max(closed, key=lambda load: load.concurrency or 0)
+def saturating_load(num_requests: int) -> Load:
+    """Every request at once, as many in flight as the engine takes."""
+    return Load(name="all at once", kind="closed", num_requests=num_requests)
 
 
 def closed_loads(concurrencies: Sequence[int], num_requests: int | None) -> list[Load]:

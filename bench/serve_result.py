@@ -9,6 +9,7 @@ from trsp.bench.serve_plan import CONTROL, DENSE, Step, enough_requests
 from trsp.bench.serve_record import Cell, Load, Ratio, ServeRecord, Start
 from trsp.bench.serve_validity import config_problems, prompt_problems
 from trsp.bench.speed_analysis import ratios
+from trsp.bench.speed_backend import SpeedBackend
 from trsp.bench.speed_experiment import Notebook
 from trsp.bench.statistics import CONFIDENCE
 
@@ -29,7 +30,7 @@ def kept_cells(notebook: Notebook, steps: Sequence[Step]) -> list[Cell]:
 
 def assemble(
     settled: Design,
-    engine: str,
+    backend: SpeedBackend,
     loads: Sequence[Load],
     notebook: Notebook,
     cells: Sequence[Cell],
@@ -37,6 +38,9 @@ def assemble(
 ) -> ServeRecord:
     """The record of what is there; partial when the plan is not done."""
     options, candidates = settled.options, settled.candidates
+    loads = list(loads)
+    if "equal-memory" in settled.memories and settled.saturating not in loads:
+        loads.append(settled.saturating)
     planned = sum(len(step.loads) for step in steps)
     found, uncompared = ratios(
         cells,
@@ -45,18 +49,18 @@ def assemble(
         {candidate.arm.name: candidate.cost for candidate in candidates},
     )
     problems, explained = config_problems(notebook.starts, DENSE, CONTROL)
-    surroundings = environment()
+    surroundings = {**environment(), "engine_variables": dict(backend.environment)}
     partial = len(cells) < planned or not steps
     missing = [f"{planned - len(cells)} of {planned} planned measurements"] if partial else []
     return ServeRecord(
         backend=options.backend,
-        engine=engine,
+        engine=backend.engine,
         label=_label(surroundings, candidates),
         partial=partial,
         num_blocks=len({cell.block for cell in cells}),
         confidence=CONFIDENCE,
         arms=[candidate.arm for candidate in candidates],
-        loads=list(loads),
+        loads=loads,
         workload=settled.workload,
         memories=list(settled.memories),
         starts=_without_configs(notebook.starts),
@@ -104,7 +108,19 @@ def _not_measured(settled: Design, loads: Sequence[Load], starts: Sequence[Start
     if options.num_blocks < _FEW_BLOCKS:
         yield f"more than {options.num_blocks} of {_FEW_BLOCKS} blocks, which steady the intervals"
     if "equal-memory" not in settled.memories and options.backend != "transformers":
-        yield "equal GPU memory (what the freed room for the KV cache gains): give --memory-gib"
+        if options.backend == "latency":
+            yield "equal GPU memory: one batch gains nothing by room in the KV cache"
+        else:
+            yield "equal GPU memory (what the freed room for the KV cache gains): give --memory-gib"
+    sent, fills = settled.saturating.num_requests, settled.cache_requests
+    if fills is not None and sent <= fills:
+        yield (
+            f"what the freed room for the KV cache gains: the dense cache holds {fills} requests "
+            f"and {sent} were sent, so it never filled; give a smaller --memory-gib, or more "
+            "--num-requests"
+        )
+    if settled.resident:
+        yield "differences from start to start: one engine of each arm served every block"
     if options.backend == "serve":
         for load in loads:
             enough = enough_requests(load.concurrency or 1)

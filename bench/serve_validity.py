@@ -37,12 +37,13 @@ def cell_problems(
     workload: Workload,
     *,
     cpu_share: float,
-    prefix_cache_hits: int,
+    prefix_cache_hits: int | None,
 ) -> list[str]:
     """Why one run of vLLM's serving client does not count; empty when it does.
 
     Args:
         document: vLLM's JSON with its per-request lists.
+        prefix_cache_hits: tokens; None where the server does not tell.
     """
     problems = []
     completed, failed = int(document["completed"]), int(document["failed"])
@@ -54,7 +55,9 @@ def cell_problems(
         problems.append(
             f"the client took {cpu_share:.0%} of a core: it may be slower than the server"
         )
-    if prefix_cache_hits:
+    if prefix_cache_hits is None:
+        problems.append("the server does not count what came from its prefix cache")
+    elif prefix_cache_hits:
         problems.append(f"{prefix_cache_hits} tokens came from the prefix cache")
     if load.kind == "open" and load.request_rate and completed > 1:
         starts = document["start_times"]

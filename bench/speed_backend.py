@@ -1,6 +1,7 @@
 """What the experiment asks of whatever runs a model: start it, measure it under a load, end it."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,10 @@ class SpeedBackend(Protocol):
     def engine(self) -> str:
         """Name and version of what runs the models."""
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables that its processes get beside this one's."""
+
     def session(
         self, model: ArmModel, memory: Memory, block: int, waiting: Callable[[], None]
     ) -> AbstractContextManager[Session]:
@@ -66,3 +71,10 @@ class SpeedBackend(Protocol):
         Args:
             waiting: called while we wait; what it raises ends the wait and is passed on.
         """
+
+
+def with_variables(variables: Mapping[str, str], command: str) -> str:
+    """A command line as typed into a shell that has none of these variables set."""
+    return " ".join(
+        [*(f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items())), command]
+    )

@@ -3,8 +3,8 @@
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from trsp.bench.serve_record import Load, Memory, Start, Workload
@@ -24,10 +24,10 @@ PROMPT = "prompt"
 GENERATION = "generation"
 
 
-def loads(batch_size: int) -> list[Load]:
+def loads(batch_size: int, prompts: int) -> list[Load]:
     """The two measurements of the protocol."""
     return [
-        Load(name=PROMPT, kind="batch", concurrency=1, num_requests=1),
+        Load(name=PROMPT, kind="batch", concurrency=1, num_requests=prompts),
         Load(name=GENERATION, kind="batch", concurrency=batch_size, num_requests=batch_size),
     ]
 
@@ -44,6 +44,7 @@ class TransformersBackend:
     protocol: PaperProtocol
     device: str
     engine: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def session(
@@ -120,7 +121,7 @@ class _TransformersSession:
         tokens_in = protocol.batch_size * protocol.input_len
         tokens_out = protocol.batch_size * protocol.output_len
         if load.name == PROMPT:
-            tokens_in, tokens_out = protocol.prompt_tokens, 0
+            tokens_in, tokens_out = protocol.prompts * protocol.prompt_tokens, 0
         return Measured(
             metrics=metrics,
             completed=load.num_requests,

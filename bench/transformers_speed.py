@@ -10,7 +10,9 @@ B sequences of one batch, T tokens.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from trsp.pruner.checkpoint import load_model, open_checkpoint
@@ -25,16 +27,23 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class PaperProtocol:
-    """Lengths in tokens. `warmups`: whole measurements thrown away after each load of a model."""
+    """Lengths in tokens.
+
+    Attributes:
+        warmups: whole measurements thrown away after each load of a model.
+        prompts: different prompts timed for one figure of prompt processing, which is their
+            median; one more is thrown away first. A generation is long enough alone.
+    """
 
     prompt_tokens: int = 2048
     batch_size: int = 64
     input_len: int = 64
     output_len: int = 128
     warmups: int = 2
+    prompts: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "batch_size", "input_len", "output_len"):
+        for name in ("prompt_tokens", "batch_size", "input_len", "output_len", "prompts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.warmups < 0:
@@ -47,18 +56,22 @@ class PaperProtocol:
 
 
 def measure_prompt(model: Any, protocol: PaperProtocol, *, device: str, seed: int) -> Metrics:
-    """Time one prompt of random tokens drawn from `seed`; logits for its last token alone.
+    """Time prompts of random tokens drawn from `seed`, one by one; logits for the last token alone.
 
     Returns:
-        prompt_latency_s, prompt_throughput (prompt tokens/s).
+        prompt_latency_s, the median; prompt_throughput (prompt tokens/s), from it.
     """
     import torch
 
-    prompt = _drawn(model, (1, protocol.prompt_tokens), device, seed)
+    prompts = _drawn(model, (1 + protocol.prompts, protocol.prompt_tokens), device, seed)
+    times = []
     with torch.inference_mode():
-        seconds, _ = _timed(
-            device, lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        )
+        for prompt in prompts.split(1):
+            taken, _ = _timed(
+                device, partial(model, input_ids=prompt, use_cache=True, logits_to_keep=1)
+            )
+            times.append(taken)
+    seconds = median(times[1:])
     return {"prompt_latency_s": seconds, "prompt_throughput": protocol.prompt_tokens / seconds}
 
 

@@ -12,10 +12,10 @@ from trsp.bench.serve_plan import (
     Step,
     arm_names,
     closed_loads,
-    densest,
     enough_requests,
     open_loads,
     palindrome,
+    saturating_load,
     steps,
 )
 from trsp.bench.statistics import block_log_ratio, ratio_interval
@@ -75,20 +75,16 @@ def test_another_order_would_not_cancel_it() -> None:
 
 def test_the_steps_of_an_experiment() -> None:
     loads = closed_loads([4, 1], 8)
-    found = list(steps([DENSE, CONTROL, "p"], loads, ["equal-kv", "equal-memory"], 2))
+    every = saturating_load(50)
+    found = list(steps([DENSE, CONTROL, "p"], loads, every, ["equal-kv", "equal-memory"], 2))
     assert len(found) == 2 * 2 * 6
     assert found[0] == Step("equal-kv", 0, 0, DENSE, tuple(loads))
-    assert [step.arm for step in found[6:12]] == [DENSE, CONTROL, "p", "p", CONTROL, DENSE]
+    assert [step.arm for step in found[:6]] == [DENSE, CONTROL, "p", "p", CONTROL, DENSE]
+    assert [step.arm for step in found[6:12]] == ["p", CONTROL, DENSE, DENSE, CONTROL, "p"]
     assert [step.position for step in found[6:12]] == [0, 1, 2, 3, 4, 5]
     assert {step.block for step in found[6:12]} == {1}
     assert {step.memory for step in found[12:]} == {"equal-memory"}
-    assert {load.name for step in found[12:] for load in step.loads} == {"closed 4"}
-
-
-def test_the_densest_load_is_a_closed_one() -> None:
-    loads = [*closed_loads([1, 16, 4], None), *open_loads([0.9], 100.0, None)]
-    assert densest(loads).name == "closed 16"
-    assert densest(loads[:1]).name == "closed 1"
+    assert {load for step in found[12:] for load in step.loads} == {every}
 
 
 @pytest.mark.parametrize(("concurrency", "count"), [(1, 200), (20, 200), (21, 210), (128, 1280)])
