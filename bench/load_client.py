@@ -1,5 +1,6 @@
 """Our side of vLLM's serving client (`trsp.bench.load_client_program`), which runs beside us."""
 
+import contextlib
 import json
 import os
 import select
@@ -86,8 +87,10 @@ class LoadClient:
         stdin = self.group.process.stdin
         if stdin is None:
             raise RunError("the client was started without a stdin")
-        stdin.write(json.dumps({"arguments": list(arguments)}).encode() + b"\n")
-        stdin.flush()
+        # A client that has gone closes its answers too, and its end is told where they are read.
+        # Nothing may be left in a buffer, whose flush would fail at the end.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(stdin.fileno(), json.dumps({"arguments": list(arguments)}).encode() + b"\n")
         answer = self._answer(waiting, timeout_seconds)
         return ClientResult(
             document=answer["result"],

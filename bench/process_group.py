@@ -1,5 +1,6 @@
 """A child process that leads a group of its own, logs into a file, and never outlives us."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -65,17 +66,22 @@ class ProcessGroup:
 
     def stop(self) -> int:
         """End the whole group, politely first, and return the leader's exit code."""
-        self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while self.is_alive() and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        # The leader is not reaped yet, so this number is still its group's.
-        self._signal(signal.SIGKILL)
+        try:
+            self._signal(signal.SIGTERM)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            while self.is_alive() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+        finally:
+            # Also when Ctrl-C ends the grace. The leader is not reaped yet, so this number is
+            # still its group's.
+            self._signal(signal.SIGKILL)
         return self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process.returncode is None:
-            os.killpg(self.process.pid, number)
+            # macOS has no group any more once all of its processes wait to be reaped.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
 
 
 def shown_command(command: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from trsp.bench.offline_backend import OfflineBackend
 from trsp.bench.record import gpu_state
 from trsp.bench.serve_backend import ServeBackend
-from trsp.bench.serve_design import GIB, Design, ServeOptions, design
+from trsp.bench.serve_design import GIB, Design, ServeOptions, check, design
 from trsp.bench.serve_plan import DENSE, Step, open_loads, steps
 from trsp.bench.serve_record import Load, ServeRecord, write_serve_record
 from trsp.bench.serve_result import assemble, kept_cells
@@ -36,7 +36,7 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
     settled = design(options)
     path = options.record or options.out / RECORD_NAME
     with (
-        stopping_on_signals() as check,
+        stopping_on_signals() as waiting,
         _backend(settled, options.out / "logs") as backend,
     ):
         gpu = gpu_state() or {}
@@ -51,7 +51,7 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
         todo: list[Step] = []
         try:
             if options.shares:
-                capacity = _capacity(settled, notebook, backend, check, tell)
+                capacity = _capacity(settled, notebook, backend, waiting, tell)
                 loads += open_loads(options.shares, capacity, options.num_requests)
             todo = _todo(settled, loads)
             run_steps(
@@ -60,7 +60,7 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
                 backend,
                 notebook,
                 resident=settled.resident,
-                waiting=check,
+                waiting=waiting,
                 tell=tell,
             )
         except BaseException as error:
@@ -93,6 +93,7 @@ def describe(options: ServeOptions) -> list[str]:
     Raises:
         UserError: as `run_serve` before it starts anything.
     """
+    check(options)
     with tempfile.TemporaryDirectory() as elsewhere:
         # The configs of shapes are written into the folder beside --out.
         lines = _described(design(replace(options, out=Path(elsewhere, options.out.name))))
@@ -222,7 +223,7 @@ def _capacity(
     settled: Design,
     notebook: Notebook,
     backend: SpeedBackend,
-    check: Callable[[], None],
+    waiting: Callable[[], None],
     tell: Callable[[str], None],
 ) -> float:
     """Requests/s that the dense model completes when it gets all at once; measured once.
@@ -233,7 +234,7 @@ def _capacity(
     kept = notebook.read("capacity", None)
     if kept is None:
         tell("measuring the dense model's capacity")
-        with backend.session(settled.models[DENSE], "equal-kv", 0, check) as session:
+        with backend.session(settled.models[DENSE], "equal-kv", 0, waiting) as session:
             measured = session.measure(settled.saturating)
         if measured.invalid:
             raise RunError(f"the capacity cannot be measured: {'; '.join(measured.invalid)}")

@@ -64,6 +64,11 @@ def from_folders(
                 f"{candidate.folder}: has {candidate.arm.num_hidden_layers} layers, the dense "
                 f"model {candidates[0].arm.num_hidden_layers}: give the dense model first"
             )
+        if candidate.arm.num_parameters >= candidates[0].arm.num_parameters:
+            raise UserError(
+                f"{candidate.folder}: has fewer layers than the dense model and not fewer "
+                f"parameters ({candidate.arm.num_parameters:,}): it is not that model pruned"
+            )
     return _with_control(candidates)
 
 
@@ -209,8 +214,10 @@ def _require_same_tokenizer(dense: Path, pruned: Path) -> None:
     for folder in (dense, pruned):
         try:
             loaded.append(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+        # The tokenizers library raises bare Exceptions, and a KeyError for a missing part.
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"{folder}: its tokenizer cannot be loaded: {why}") from error
     if loaded[0].get_vocab() != loaded[1].get_vocab() or loaded[0](_SAMPLE_TEXT) != loaded[1](
         _SAMPLE_TEXT
     ):

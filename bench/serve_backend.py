@@ -78,8 +78,6 @@ class ServeBackend:
         ) as server:
             server.wait_until_healthy(self.health_timeout_seconds, waiting)
             room = server.kv_cache()
-            if room is None:
-                raise RunError("the server does not tell the size of its KV cache")
             start = Start(
                 arm=model.arm.name,
                 memory=memory,
@@ -87,8 +85,8 @@ class ServeBackend:
                 command=with_variables(self.environment, server.command_line),
                 load_seconds=server.load_seconds,
                 weights_gib=server.weights_gib(),
-                kv_cache_tokens=room[0],
-                num_kv_blocks=room[1],
+                kv_cache_tokens=room[0] if room else None,
+                num_kv_blocks=room[1] if room else None,
                 engine_config=server.engine_config(),
             )
             yield _ServeSession(self, server, client, model, start, waiting)

@@ -80,7 +80,7 @@ def serve(
         concurrencies=tuple(concurrency or ((64,) if backend == "transformers" else (1, 4, 16))),
         shares=_shares(backend, rate, no_open),
         num_requests=num_requests,
-        input_len=input_len or (64 if backend == "transformers" else 256),
+        input_len=(64 if backend == "transformers" else 256) if input_len is None else input_len,
         output_len=output_len,
         ttft_slo_ms=ttft_slo,
         tpot_slo_ms=tpot_slo,

@@ -167,7 +167,7 @@ def design(options: ServeOptions) -> Design:
     Raises:
         UserError: it cannot be, or means nothing; one line with the remedy.
     """
-    _check(options)
+    check(options)
     candidates = _candidates(options)
     loads = _loads(options)
     workload = Workload(
@@ -200,8 +200,8 @@ def design(options: ServeOptions) -> Design:
     )
 
 
-def _check(options: ServeOptions) -> None:
-    """Refuse what cannot be, before anything is read."""
+def check(options: ServeOptions) -> None:
+    """Refuse what cannot be, before anything is read.   Raises: UserError."""
     if options.shape is not None and (options.dense or options.pruned):
         raise UserError("--shape takes no model folders: it is a config with random weights")
     if options.shape is None and options.dense is None:

@@ -109,6 +109,8 @@ def config_problems(
                     explained[line] = None
                 else:
                     problems[line] = None
+            if memory == "equal-kv" and start.engine_config and start.num_kv_blocks is None:
+                problems[f"{start.arm}: tells no size of its KV cache: equality unchecked"] = None
             if memory == "equal-kv" and start.num_kv_blocks != reference.num_kv_blocks:
                 problems[
                     f"{start.arm}: {start.num_kv_blocks} KV blocks, dense "

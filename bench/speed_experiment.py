@@ -9,7 +9,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from trsp.bench.serve_plan import Step
 from trsp.bench.serve_record import Cell, Load, Start
@@ -23,6 +25,10 @@ _MAX_PLAN_BYTES = 2**24
 _MAX_CELL_BYTES = 2**28
 
 
+_DAMAGED = "it is damaged; remove it, and --resume measures that again"
+_Note = TypeVar("_Note", Cell, Start)
+
+
 class Notebook:
     """The experiment's folder: the plan, and what was measured so far.
 
@@ -34,6 +40,8 @@ class Notebook:
         self.folder = folder
         text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
         path = folder / PLAN_NAME
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is no folder; give another --out")
         if path.exists():
             if not resume:
                 raise UserError(
@@ -54,16 +62,18 @@ class Notebook:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, text)
-        self.starts = [
-            Start.model_validate_json(json.dumps(start)) for start in self.read("starts", [])
-        ]
+        kept = self.read("starts", [])
+        self.starts = [_validated(Start, start, self.folder / "starts.json") for start in kept]
 
     def read(self, name: str, otherwise: Any) -> Any:
         """The value kept under a name; `otherwise` if there is none."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             return otherwise
-        return read_json_object(path, max_bytes=_MAX_CELL_BYTES)["value"]
+        kept = read_json_object(path, max_bytes=_MAX_CELL_BYTES)
+        if "value" not in kept:
+            raise UserError(f"{path}: holds no value: {_DAMAGED}")
+        return kept["value"]
 
     def write(self, name: str, value: Any) -> None:
         """Keep a value under a name."""
@@ -75,7 +85,7 @@ class Notebook:
         if not path.exists():
             return None
         kept = read_json_object(path, max_bytes=_MAX_CELL_BYTES)
-        return Cell.model_validate_json(json.dumps(kept["cell"]))
+        return _validated(Cell, kept.get("cell"), path)
 
     def keep(self, step: Step, load: Load, measured: Measured, started_at: str) -> None:
         """Write down one measurement."""
@@ -111,6 +121,15 @@ class Notebook:
     def _path(self, step: Step, load: Load) -> Path:
         slug = f"{step.memory}-b{step.block:02d}-p{step.position}-{step.arm}-{load.name}"
         return self.folder / "cells" / f"{slug.replace(' ', '-')}.json"
+
+
+def _validated(kind: type[_Note], document: object, path: Path) -> _Note:
+    try:
+        return kind.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        raise UserError(f"{path}: {place}: {first['msg']}: {_DAMAGED}") from error
 
 
 def run_steps(
@@ -158,10 +177,10 @@ def run_steps(
                     started_at = datetime.now(UTC).isoformat(timespec="seconds")
                     measured = session.measure(load)
                     notebook.keep(step, load, measured, started_at)
+                    if not resident and load is missing[0]:
+                        notebook.keep_start(session.start)
                     done += 1
                     tell(_line(done, total, step, load, measured))
-                if not resident:
-                    notebook.keep_start(session.start)
 
 
 _SHOWN = (

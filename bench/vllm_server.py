@@ -1,10 +1,10 @@
 """One vLLM OpenAI server of ours: started on 127.0.0.1, waited for, asked, and ended."""
 
+import http.client
 import json
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ HOST = "127.0.0.1"
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 _POLL_SECONDS = 0.5
 _REQUEST_SECONDS = 30.0
+_HEALTH_SECONDS = 2.0
+_DYING_POLLS = 4
 COMPILES = re.compile(
     r"Starting torch\.compile|Capturing|Compiling a graph|recompil|JIT compilation|autotuning", re.I
 )
@@ -81,7 +83,7 @@ class VllmServer:
         Raises:
             RunError: the server ends, or is not healthy in time; with its last lines.
         """
-        while not self._answers("/health"):
+        while not self._is_healthy():
             waiting()
             self.require_alive()
             if time.monotonic() - self._started > timeout_seconds:
@@ -90,6 +92,8 @@ class VllmServer:
                     f"its last lines: {self.group.last_lines()} (whole log: {self.group.log})"
                 )
             time.sleep(_POLL_SECONDS)
+        # Another server may have taken the port after we saw that it was free.
+        self.require_alive()
         self.load_seconds = time.monotonic() - self._started
 
     def require_alive(self) -> None:
@@ -140,15 +144,28 @@ class VllmServer:
             file.seek(size)
             return COMPILES.search(file.read().decode(errors="replace")) is not None
 
-    def _answers(self, path: str) -> bool:
+    def _is_healthy(self) -> bool:
         try:
-            self._get(path)
-        except (urllib.error.URLError, OSError):
+            self._fetch("/health", _HEALTH_SECONDS)
+        except (OSError, http.client.HTTPException):
             return False
         return True
 
     def _get(self, path: str) -> str:
-        with _OPENER.open(self.base_url + path, timeout=_REQUEST_SECONDS) as response:
+        """The server's answer.   RunError: it has died, or does not answer that."""
+        try:
+            return self._fetch(path, _REQUEST_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            # A server that falls over drops its connections before it is gone.
+            for _ in range(_DYING_POLLS):
+                self.require_alive()
+                time.sleep(_POLL_SECONDS)
+            raise RunError(
+                f"the server does not answer {path}: {error} (whole log: {self.group.log})"
+            ) from error
+
+    def _fetch(self, path: str, seconds: float) -> str:
+        with _OPENER.open(self.base_url + path, timeout=seconds) as response:
             content: bytes = response.read()
         return content.decode()
 

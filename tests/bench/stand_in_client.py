@@ -14,6 +14,7 @@ STAND_IN_CLIENT (environment, comma-separated) chooses what it does:
 import argparse
 import asyncio
 import os
+import sys
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -58,9 +59,11 @@ async def main_async(args: argparse.Namespace) -> dict[str, Any]:
 async def benchmark(input_requests: list[Request], args: argparse.Namespace) -> dict[str, Any]:
     global _count
     _count += 1
+    print("noise that vLLM prints to stdout", flush=True)
     if "raises" in MODES or ("third" in MODES and _count == 3):
         raise ValueError("Initial test run failed - Please make sure\nthat all is well.")
     if "exits" in MODES:
+        print("ConnectionError: Connection reset by peer", file=sys.stderr, flush=True)
         os._exit(9)
     if "stuck" in MODES:
         await asyncio.sleep(600)

@@ -62,6 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/health":
             self.answer("", status=503 if "unhealthy" in MODES else 200)
             if "mortal" in MODES:
+                print("ERROR EngineCore encountered a fatal error.", flush=True)
+                print("RuntimeError: the engine fell over", flush=True)
                 os._exit(7)
         elif path == "/server_info" and os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
             self.answer(json.dumps({"vllm_config": self.config()}))
@@ -115,11 +117,16 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
+    print("INFO Model loading took 0.25 GiB memory and 0.1 seconds", flush=True)
     if "dies" in MODES:
+        print("Traceback (most recent call last):\nValueError: no such thing", flush=True)
+        print("INFO Shutting down.", flush=True)
         sys.exit(3)
     if "oom" in MODES:
+        print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", flush=True)
         sys.exit(1)
     if "unservable" in MODES:
+        print("ValueError: Model architectures ['Odd'] are not supported for now.", flush=True)
         sys.exit(1)
     if "silent" in MODES:
         time.sleep(600)

@@ -87,10 +87,12 @@ def test_what_is_timed_is_what_the_protocol_says() -> None:
     model = Recorder()
     found = measure_once(model, TINY, device="cpu", seed=1)
     assert [(kind, tuple(tokens.shape)) for kind, tokens, _ in model.calls] == [
-        ("forward", (1, 9)),
+        *[("forward", (1, 9))] * 6,
         ("generate", (2, 3)),
     ]
-    asked = model.calls[1][2]
+    prompts = [tuple(tokens[0].tolist()) for _, tokens, _ in model.calls[:6]]
+    assert len(set(prompts)) == 6
+    asked = model.calls[6][2]
     assert asked["max_new_tokens"] == 4
     assert asked["eos_token_id"] is None
     assert asked["do_sample"] is False
@@ -107,8 +109,8 @@ def test_tokens_follow_the_seed_and_stay_in_the_vocabulary() -> None:
     for seed in (1, 1, 2):
         measure_once(model, TINY, device="cpu", seed=seed)
     prompts = [tokens for kind, tokens, _ in model.calls if kind == "forward"]
-    assert torch.equal(prompts[0], prompts[1])
-    assert not torch.equal(prompts[0], prompts[2])
+    assert torch.equal(prompts[0], prompts[6])
+    assert not torch.equal(prompts[0], prompts[12])
     assert all(0 <= int(tokens.min()) <= int(tokens.max()) < 50 for tokens in prompts)
 
 
@@ -179,10 +181,11 @@ def test_the_protocol_runs_in_blocks_and_leaves_a_record(tmp_path: Path) -> None
     record = run_serve(options(tmp_path / "out"), tell=lambda line: None)
     assert isinstance(record, ServeRecord)
     arms = ["dense", "dense again", "pico-minus-2", "pico-minus-4"]
-    order = [*arms, *reversed(arms)]
+    turned = list(reversed(arms))
+    orders = [[*arms, *turned], [*turned, *arms]]
     prompts = [cell for cell in record.cells if cell.load == "prompt"]
     assert [(cell.block, cell.arm) for cell in prompts] == [
-        (b, arm) for b in (0, 1) for arm in order
+        (block, arm) for block in (0, 1) for arm in orders[block]
     ]
     for cell in record.cells:
         kind = {"prompt": "prompt_", "generation": "generation_"}[cell.load]
@@ -243,7 +246,7 @@ def test_warm_ups_have_tokens_of_their_own(
         arm_model(shapes["dense"]), "equal-kv", 0, lambda: asked.append(None)
     ) as session:
         assert seeds == [-1, -1, -2, -2]
-        for load in loads(2):
+        for load in loads(2, 5):
             session.measure(load)
     assert seeds[4:] == [5, 5]
     assert len(asked) == 4
@@ -263,7 +266,7 @@ def test_running_out_of_memory_is_one_line(
         with backend(protocol).session(
             arm_model(shapes["dense"]), "equal-kv", 0, lambda: None
         ) as session:
-            session.measure(loads(2)[1])
+            session.measure(loads(2, 5)[1])
 
     with pytest.raises(RunError, match=r"dense: out of memory on cpu with batch 2 of 3 \+ 4 tok"):
         run()
@@ -301,4 +304,4 @@ def test_the_gpu_is_waited_for(shapes: dict[str, Path]) -> None:
     with backend(protocol, "cuda").session(
         arm_model(shapes["dense"]), "equal-kv", 0, lambda: None
     ) as session:
-        assert session.measure(loads(4)[0]).metrics["prompt_latency_s"] > 1e-4
+        assert session.measure(loads(4, 5)[0]).metrics["prompt_latency_s"] > 1e-4
