@@ -51,6 +51,9 @@ class ProcessGroup:
         """Whether the leader still runs; it is not reaped, so its group keeps its number."""
         if self.process.returncode is not None:
             return False
+        if not hasattr(os, "waitid"):
+            # Python on macOS; there a group's number stays its own while anything is left in it.
+            return self.process.poll() is None
         state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return state is None
 

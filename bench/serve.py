@@ -186,6 +186,7 @@ def _transformers(settled: Design) -> TransformersBackend:
 
 def _vllm() -> tuple[str, dict[str, str]]:
     """Distribution and version of vLLM, and the environment that its processes get."""
+    from trsp.serving.server_command import usable_cpus
     from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm
 
     try:
@@ -241,10 +242,3 @@ def _capacity(
         kept = measured.metrics["request_throughput"]
         notebook.write("capacity", kept)
     return float(kept)
-
-
-def usable_cpus() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

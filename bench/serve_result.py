@@ -47,6 +47,7 @@ def assemble(
         loads,
         settled.workload,
         {candidate.arm.name: candidate.cost for candidate in candidates},
+        steps=steps,
     )
     problems, explained = config_problems(notebook.starts, DENSE, CONTROL)
     surroundings = {**environment(), "engine_variables": dict(backend.environment)}

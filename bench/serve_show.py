@@ -28,8 +28,9 @@ def show_serve(record: ServeRecord, *, as_json: bool) -> None:
             if not here:
                 continue
             table = Table(title=f"{load.name}, {memory}: speed-up over the dense model")
-            table.add_column("metric")
-            table.add_column("arm")
+            # A narrow terminal folds a name and does not cut it.
+            table.add_column("metric", overflow="fold")
+            table.add_column("arm", overflow="fold")
             for column in ("dense", "arm's", "speed-up", "bound"):
                 table.add_column(column, justify="right")
             table.add_column("verdict")

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from trsp.bench.bounds import ModelCost, achieved_over_bound, decode_bound, prefill_bound, verdict
-from trsp.bench.serve_plan import CONTROL, DENSE
+from trsp.bench.serve_plan import CONTROL, DENSE, Step
 from trsp.bench.serve_record import Cell, Load, Memory, Ratio, Workload
 from trsp.bench.statistics import Interval, block_log_ratio, ratio_interval
 
@@ -23,52 +24,97 @@ def ratios(
     loads: Sequence[Load],
     workload: Workload,
     costs: Mapping[str, ModelCost],
+    *,
+    steps: Sequence[Step] = (),
 ) -> tuple[list[Ratio], list[str]]:
-    """Speed-up over the dense arm for every arm, load and metric that all blocks measured.
+    """Speed-up over the dense arm for every arm, load and metric, in the blocks that count.
 
-    Invalid cells take their block out of that load.
+    A block counts for an arm when its cells and the dense arm's are all there and valid.
     Args:
         costs: by arm.
+        steps: the plan, so that what was never measured is missed too; without it, only blocks and
+            arms that have a cell under the load are.
     Returns:
         the ratios, and one line for everything that could not be compared.
     """
     found: list[Ratio] = []
     missing: list[str] = []
     by_load = {load.name: load for load in loads}
-    for memory in dict.fromkeys(cell.memory for cell in cells):
-        for name in dict.fromkeys(cell.load for cell in cells if cell.memory == memory):
-            chosen = [cell for cell in cells if (cell.memory, cell.load) == (memory, name)]
-            dense = _by_block(chosen, DENSE)
-            for arm in dict.fromkeys(cell.arm for cell in chosen if cell.arm != DENSE):
-                other = _by_block(chosen, arm)
-                blocks = [block for block in dense if block in other]
-                planned = len({cell.block for cell in chosen})
-                if 0 < len(blocks) < planned:
-                    missing.append(
-                        f"{arm}, {memory}, {name}: {len(blocks)} of {planned} blocks count"
-                    )
-                if not blocks:
-                    missing.append(f"{arm}, {memory}, {name}: no block with every cell valid")
-                    continue
-                pairs = [(dense[block], other[block]) for block in blocks]
-                for metric in pairs[0][0][0].metrics:
-                    ratio = _ratio(metric, blocks, pairs, by_load[name], memory, arm)
-                    if isinstance(ratio, str):
-                        if ratio:
-                            missing.append(ratio)
-                        continue
-                    tokens = _prompt_tokens(chosen[0])
-                    bound = _bound(
-                        metric, by_load[name], workload, costs[DENSE], costs[arm], memory, tokens
-                    )
-                    found.append(
-                        _judged(
-                            ratio,
-                            bound,
-                            costs[DENSE].num_hidden_layers / costs[arm].num_hidden_layers,
-                        )
-                    )
+    for (memory, name), (arms, planned) in _places(cells, steps).items():
+        chosen = [cell for cell in cells if (cell.memory, cell.load) == (memory, name)]
+        for arm in arms:
+            beside = _beside_dense(chosen, memory, by_load[name], arm)
+            where = f"{arm}, {memory}, {name}"
+            if not beside.blocks:
+                missing.append(f"{where}: no block with every cell valid")
+                continue
+            if len(beside.blocks) < planned:
+                missing.append(f"{where}: {len(beside.blocks)} of {planned} blocks count")
+            judged, uncompared = _judged_metrics(beside, workload, costs)
+            found += judged
+            missing += uncompared
     return found, missing
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """An arm beside the dense one under one load: the blocks that count, their cells in pairs."""
+
+    memory: Memory
+    load: Load
+    arm: str
+    blocks: list[int]
+    pairs: list[tuple[list[Cell], list[Cell]]]
+
+
+def _places(
+    cells: Sequence[Cell], steps: Sequence[Step]
+) -> dict[tuple[Memory, str], tuple[list[str], int]]:
+    """By memory and load: the arms beside the dense one, and how many blocks were meant to be."""
+    points = [(step.memory, load.name, step.arm, step.block) for step in steps
+              for load in step.loads]  # fmt: skip
+    points += [(cell.memory, cell.load, cell.arm, cell.block) for cell in cells]
+    arms: dict[tuple[Memory, str], dict[str, None]] = {}
+    blocks: dict[tuple[Memory, str], set[int]] = {}
+    for memory, load, arm, block in points:
+        blocks.setdefault((memory, load), set()).add(block)
+        here = arms.setdefault((memory, load), {})
+        if arm != DENSE:
+            here[arm] = None
+    return {place: (list(arms[place]), len(blocks[place])) for place in arms}
+
+
+def _beside_dense(chosen: Sequence[Cell], memory: Memory, load: Load, arm: str) -> _Beside:
+    dense, other = _by_block(chosen, DENSE), _by_block(chosen, arm)
+    blocks = [block for block in dense if block in other]
+    return _Beside(memory, load, arm, blocks, [(dense[block], other[block]) for block in blocks])
+
+
+def _judged_metrics(
+    beside: _Beside, workload: Workload, costs: Mapping[str, ModelCost]
+) -> tuple[list[Ratio], list[str]]:
+    """The speed-up in every metric beside its bound, and a line for each metric without one."""
+    found: list[Ratio] = []
+    missing: list[str] = []
+    dense, pruned = costs[DENSE], costs[beside.arm]
+    first = beside.pairs[0][0][0]
+    for metric in first.metrics:
+        # In an open loop the client sets the pace: nothing to compare, and nothing missed.
+        if beside.load.kind == "open" and any(word in metric for word in _PACED):
+            continue
+        ratio = _ratio(metric, beside)
+        if isinstance(ratio, str):
+            missing.append(ratio)
+            continue
+        bound = _bound(
+            metric, beside.load, workload, dense, pruned, beside.memory, _prompt_tokens(first)
+        )
+        found.append(_judged(ratio, bound, _layer_ratio(dense, pruned)))
+    return found, missing
+
+
+def _layer_ratio(dense: ModelCost, pruned: ModelCost) -> float:
+    return dense.num_hidden_layers / pruned.num_hidden_layers
 
 
 def _prompt_tokens(cell: Cell) -> int:
@@ -85,29 +131,22 @@ def _by_block(cells: Iterable[Cell], arm: str) -> dict[int, list[Cell]]:
     return {block: halves for block, halves in blocks.items() if len(halves) == 2}
 
 
-def _ratio(
-    metric: str,
-    blocks: Sequence[int],
-    pairs: Sequence[tuple[Sequence[Cell], Sequence[Cell]]],
-    load: Load,
-    memory: Memory,
-    arm: str,
-) -> Ratio | str:
-    """The speed-up in one metric; text: why there is none, empty where none is meant to be."""
-    if load.kind == "open" and any(word in metric for word in _PACED):
-        return ""
+def _ratio(metric: str, beside: _Beside) -> Ratio | str:
+    """The speed-up in one metric; text: why there is none."""
     values = [([c.metrics[metric] for c in dense], [c.metrics[metric] for c in other])
-              for dense, other in pairs]  # fmt: skip
+              for dense, other in beside.pairs]  # fmt: skip
     flat = [value for pair in values for half in pair for value in half]
     if min(flat) <= 0:
-        return f"{arm}, {memory}, {load.name}: {metric} is 0 in a block: no ratio"
+        return (
+            f"{beside.arm}, {beside.memory}, {beside.load.name}: {metric} is 0 in a block: no ratio"
+        )
     sign = -1.0 if is_cost(metric) else 1.0
     logs = [sign * block_log_ratio(dense, other) for dense, other in values]
     interval = ratio_interval(logs)
     return Ratio(
-        memory=memory,
-        arm=arm,
-        load=load.name,
+        memory=beside.memory,
+        arm=beside.arm,
+        load=beside.load.name,
         metric=metric,
         dense=_geometric_mean(value for dense, _ in values for value in dense),
         pruned=_geometric_mean(value for _, other in values for value in other),
@@ -115,7 +154,7 @@ def _ratio(
         low=interval.low,
         high=interval.high,
         blocks=[math.exp(log) for log in logs],
-        block_numbers=list(blocks),
+        block_numbers=list(beside.blocks),
         bound=None,
         achieved_over_bound=None,
         verdict="",

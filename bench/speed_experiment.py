@@ -176,9 +176,9 @@ def run_steps(
                 for load in missing:
                     started_at = datetime.now(UTC).isoformat(timespec="seconds")
                     measured = session.measure(load)
-                    notebook.keep(step, load, measured, started_at)
                     if not resident and load is missing[0]:
                         notebook.keep_start(session.start)
+                    notebook.keep(step, load, measured, started_at)
                     done += 1
                     tell(_line(done, total, step, load, measured))
 

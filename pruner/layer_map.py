@@ -28,6 +28,10 @@ MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
 MAX_LAYERS = 2**16
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Layer maps written before a field came up do not have it.
+_LATER_FIELDS = {"weights_sha256"}
+
 
 class LayerMapError(UserError):
     """The layer map or layer list is not what it must be; the text names the index or field."""
@@ -35,11 +39,18 @@ class LayerMapError(UserError):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The unpruned model. `fingerprint`: sha256 over its architecture and tensors (checkpoint)."""
+    """The unpruned model.
+
+    Attributes:
+        fingerprint: sha256 over its architecture and tensor names, shapes and dtypes (checkpoint).
+        weights_sha256: of its weights (`checkpoint.sample_weights`), 64 hex digits; None where
+            nobody took it. After transfer it is that of the model with the moved weights.
+    """
 
     name: str
     num_hidden_layers: int
     fingerprint: str
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("name", self.name), ("fingerprint", self.fingerprint)):
@@ -50,6 +61,11 @@ class BaseModel:
         if not 1 <= count <= MAX_LAYERS:
             raise LayerMapError(f"base_model.num_hidden_layers is {count}, not 1 to {MAX_LAYERS}")
         _set(self, num_hidden_layers=count)
+        digest = self.weights_sha256
+        if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+            raise LayerMapError(
+                f"base_model.weights_sha256 is {brief(digest)}, expected 64 hex digits or null"
+            )
 
 
 @dataclass(frozen=True)
@@ -262,6 +278,7 @@ class LayerMap:
             LayerMapError: larger than a layer map may be (16 MiB): `steps` holds too much.
         """
         document = {"schema_version": self.schema_version, **asdict(self)}
+        document["base_model"] = _without_empty_later_fields(document["base_model"])
         lines = []
         for name, value in document.items():
             if isinstance(value, tuple) and value and isinstance(value[0], dict):
@@ -522,10 +539,19 @@ def _records(values: Any, kind: type, name: str) -> tuple[Any, ...]:
 
 def _check_keys(document: Mapping[str, Any], kind: type, where: str) -> None:
     names = {field.name for field in fields(kind)}
-    if missing := sorted(names - set(document)):
+    if missing := sorted(names - _LATER_FIELDS - set(document)):
         raise LayerMapError(f"{where}: the field {missing[0]!r} is missing")
     if unknown := sorted(set(document) - names):
         raise LayerMapError(f"{where}: the field {brief(unknown[0])} is unknown")
+
+
+def _without_empty_later_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """So that an older trsp reads a layer map that does not use them."""
+    return {
+        name: value
+        for name, value in record.items()
+        if value is not None or name not in _LATER_FIELDS
+    }
 
 
 def _parse_record(document: Any, kind: type, where: str) -> Any:

@@ -20,6 +20,7 @@ from trsp.pruner.checkpoint import (
     load_model,
     load_tokenizer,
     open_checkpoint,
+    sample_weights,
 )
 from trsp.pruner.compaction import copy_companions
 from trsp.pruner.config_surgery import rewrite_config
@@ -240,6 +241,7 @@ def base_model_of(checkpoint: Checkpoint, name: str | None = None) -> BaseModel:
         name=name or checkpoint.path.resolve().name,
         num_hidden_layers=checkpoint.num_hidden_layers,
         fingerprint=checkpoint.fingerprint,
+        weights_sha256=sample_weights(checkpoint),
     )
 
 

@@ -51,7 +51,8 @@ def serve(
 def _serve_folder(model: str, flags: list[str], dry_run: bool) -> None:
     """Serve a checkpoint as it is, or an overlay that was kept."""
     from trsp.serving.layer_map_overlay import is_overlay, read_overlay
-    from trsp.serving.server_command import flag_names, server_command
+    from trsp.serving.server_command import server_command
+    from trsp.serving.server_flags import expand_config_file, flag_names
 
     name, with_map = model, False
     if Path(model).is_dir():
@@ -63,7 +64,7 @@ def _serve_folder(model: str, flags: list[str], dry_run: bool) -> None:
         )
     command = server_command(model, flags, name=name, with_map=with_map)
     if with_map:
-        trust = "--trust-remote-code" in flag_names(flags)
+        trust = "--trust-remote-code" in flag_names(expand_config_file(flags))
         served = read_overlay(model, trust_remote_code=trust)
         _tell(served)
     _run(command, dry_run)
@@ -83,7 +84,8 @@ def _serve_map(
     from trsp.pruner.layer_map import read_layer_map
     from trsp.serving.layer_map_overlay import is_overlay, publish_overlay
     from trsp.serving.served_layers import open_served_layers
-    from trsp.serving.server_command import flag_names, server_command
+    from trsp.serving.server_command import server_command
+    from trsp.serving.server_flags import expand_config_file, flag_names
 
     name = model.resolve().name
     # Flags and vLLM are checked before anything is opened or written.
@@ -91,7 +93,7 @@ def _serve_map(
     choice = read_layer_map(layer_map)
     if prefix is not None:
         choice = choice.prefix(prefix)
-    trust = "--trust-remote-code" in flag_names(flags)
+    trust = "--trust-remote-code" in flag_names(expand_config_file(flags))
     if is_overlay(model):
         raise UserError(f"{model}: is an overlay already; serve it without --map")
     served = open_served_layers(model, choice, trust_remote_code=trust)

@@ -98,8 +98,14 @@ class LayerMapLoader(DefaultModelLoader):  # type: ignore[misc]
         )
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
-        """(name, tensor) of the pruned model; the model's secondary weights pass as they are."""
-        served = self._open(model_config)
+        """(name, tensor) of the pruned model; the model's secondary weights pass as they are.
+
+        What cannot be served is refused here and not at the first tensor: vLLM's reload_weights
+        calls this with another folder, and takes the model's weights apart before it reads.
+        """
+        return self._weights(self._open(model_config), model)
+
+    def _weights(self, served: ServedLayers, model: Any) -> Iterator[tuple[str, Any]]:
         primary = self.Source(str(served.checkpoint.path), None, fall_back_to_pt=False)
         yield from served.renumbering.apply(self._get_weights_iterator(primary))
         self._stream_ended = True

@@ -4,6 +4,7 @@ Its weights are those of the dense checkpoint it names. Only the load format `tr
 load it, so it cannot be served by mistake with the first n layers, or with all.
 """
 
+import filecmp
 import hashlib
 import json
 from pathlib import Path
@@ -13,23 +14,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.compaction import LAYER_MAP_NAME, copy_companions
-from trsp.pruner.durable import publish_folder
+from trsp.pruner.durable import MANIFEST_NAME, publish_folder, read_manifest, verify_manifest
 from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.serving.served_layers import DIGEST_FIELD, ServedLayers, open_served_layers
 
 OVERLAY_NAME = "overlay.json"
 _MAX_BYTES = 2**20
+_OWN_FILES = {"config.json", LAYER_MAP_NAME, OVERLAY_NAME, MANIFEST_NAME}
 
 
 class OverlayRecord(BaseModel):
-    """overlay.json. `base_model`: absolute path of the dense checkpoint."""
+    """overlay.json. `base_model`: absolute path of the dense checkpoint.
+
+    `base_weights_sha256`: of its weights, as `checkpoint.sample_weights` takes it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     schema_version: Literal[1] = 1
     base_model: str
     base_fingerprint: str
+    base_weights_sha256: str
     layer_map_sha256: str
     layer_prefix: str
 
@@ -67,6 +73,7 @@ def publish_overlay(served: ServedLayers, out: Path) -> None:
         record = OverlayRecord(
             base_model=str(served.checkpoint.path.resolve()),
             base_fingerprint=served.checkpoint.fingerprint,
+            base_weights_sha256=served.weights_sha256,
             layer_map_sha256=_sha256(folder / LAYER_MAP_NAME),
             layer_prefix=served.checkpoint.layer_prefix,
         )
@@ -79,8 +86,9 @@ def read_overlay(folder: str | Path, *, trust_remote_code: bool = False) -> Serv
     """Open an overlay folder and the checkpoint it names, and check that they still belong.
 
     Raises:
-        UserError: no overlay, damaged, of another schema_version; its layer map or config was
-            changed; the checkpoint is gone or has become another; or as `open_served_layers`.
+        UserError: no overlay, damaged, of another schema_version; a file of it was changed; the
+            checkpoint is gone or has become another, in its weights, config, tokenizer or other
+            companions; or as `open_served_layers`.
     """
     folder = Path(folder)
     if not is_overlay(folder):
@@ -109,6 +117,7 @@ def read_overlay(folder: str | Path, *, trust_remote_code: bool = False) -> Serv
     checkpoint = served.checkpoint
     for name, was, found in (
         ("fingerprint", record.base_fingerprint, checkpoint.fingerprint),
+        ("sha256 of weights", record.base_weights_sha256, served.weights_sha256),
         ("layer prefix", record.layer_prefix, checkpoint.layer_prefix),
     ):
         if was != found:
@@ -122,7 +131,28 @@ def read_overlay(folder: str | Path, *, trust_remote_code: bool = False) -> Serv
             f"{folder / 'config.json'}: its {DIGEST_FIELD} is not that of the layer map; "
             "make the overlay anew"
         )
+    served.check_overlay_config(config)
+    verify_manifest(folder)
+    _check_companions(folder, served)
     return served
+
+
+def _check_companions(folder: Path, served: ServedLayers) -> None:
+    """Tokenizer, chat template and the like are still those of the checkpoint, byte for byte."""
+    base = served.checkpoint.path
+    copied = set(read_manifest(folder)) - _OWN_FILES
+    # Python files are copied where the user trusted them: making and serving may differ in that.
+    absent = {name for name in served.companions if not name.endswith(".py")} - copied
+    for name in sorted(copied | absent):
+        if name in absent:
+            what = "came after the overlay was made"
+        elif not (base / name).is_file():
+            what = "is gone since the overlay was made"
+        elif not filecmp.cmp(base / name, folder / name, shallow=False):
+            what = "is not what the overlay was made with"
+        else:
+            continue
+        raise UserError(f"{base / name}: {what}; remove {folder} and make the overlay anew")
 
 
 def _sha256(file: Path) -> str:

@@ -28,8 +28,12 @@ def register() -> None:
         from vllm.model_executor.model_loader import register_model_loader
 
         from trsp.serving.layer_map_loader import LayerMapLoader
-    except (ValueError, ImportError) as error:
-        logger.warning("load format %s is not available: %s", LOAD_FORMAT, error)
+
+        register_model_loader(LOAD_FORMAT)(LayerMapLoader)
+    except Exception as error:
+        # Whatever a vLLM of another build raises: most of its users load no layer map.
+        logger.warning(
+            "load format %s is not available: %s (%s)", LOAD_FORMAT, error, type(error).__name__
+        )
         return
-    register_model_loader(LOAD_FORMAT)(LayerMapLoader)
     _registered = True

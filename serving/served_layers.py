@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from trsp.pruner.checkpoint import Checkpoint, open_checkpoint
+from trsp.pruner.checkpoint import Checkpoint, open_checkpoint, sample_weights
 from trsp.pruner.compaction import plan_compaction
 from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap
@@ -33,12 +33,14 @@ class ServedLayers:
         layer_map: the map, with its config_changes.
         config: config.json of the pruned model, as `trsp compact` writes it, with the digest.
         companions: the checkpoint's tokenizer files and the like; relative names.
+        weights_sha256: of the checkpoint's weights, as `sample_weights` takes it.
     """
 
     checkpoint: Checkpoint
     layer_map: LayerMap
     config: Mapping[str, Any]
     companions: tuple[str, ...]
+    weights_sha256: str
 
     @property
     def renumbering(self) -> LayerRenumbering:
@@ -87,6 +89,24 @@ class ServedLayers:
         )
         return self._wanted_fields(type(dense))
 
+    def check_overlay_config(self, config: Mapping[str, Any]) -> None:
+        """Check that config.json of an overlay is what `overlay_config` makes it, field by field.
+
+        Raises:
+            UserError: a field differs, is missing or is not ours; it is named.
+        """
+        wanted = self.overlay_config()
+        for name in dict.fromkeys((*wanted, *config)):
+            if (name in wanted, _plain(wanted.get(name))) != (name in config, config.get(name)):
+                has, expected = (
+                    brief(document[name]) if name in document else "missing"
+                    for document in (config, wanted)
+                )
+                raise UserError(
+                    f"config.json of the overlay was changed, or the checkpoint's was since it was "
+                    f"made: {name} is {has}, expected {expected}; make the overlay anew"
+                )
+
     def check_config(self, config: Any) -> None:
         """Check that a transformers config is that of the pruned model, in all that layers decide.
 
@@ -129,15 +149,25 @@ def open_served_layers(
 
     Raises:
         UserError: `base` is no checkpoint that can be pruned (quantized ones are refused), the map
-            is for another, or a field of its config cannot be carried over.
+            is for another, by its shape or, where the map tells them, by its weights; or a field
+            of its config cannot be carried over.
     """
     checkpoint = open_checkpoint(base, trust_remote_code=trust_remote_code)
     plan = plan_compaction(checkpoint, layer_map)
+    found, expected = sample_weights(checkpoint), layer_map.base_model.weights_sha256
+    # Here alone: compaction may delete the chosen layers of other weights on purpose.
+    if expected is not None and found != expected:
+        raise UserError(
+            f"{checkpoint.path}: same shape, other weights: {found[:12]}, and the layer map was "
+            f"made for {expected[:12]} ({layer_map.base_model.name}); serve that checkpoint: after "
+            "stage 2 of trsp prune it is OUT.run/transferred, without it the model that was given"
+        )
     return ServedLayers(
         checkpoint=checkpoint,
         layer_map=plan.layer_map,
         config={**plan.config, DIGEST_FIELD: layer_map_digest(layer_map)},
         companions=plan.companions,
+        weights_sha256=found,
     )
 
 

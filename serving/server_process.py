@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from trsp.serving.server_command import ServerCommand
+from trsp.serving.server_flags import expand_config_file, flag_number
 
 # vLLM can swallow a signal that comes while its engine starts, and would then wait ten minutes.
 GRACE_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def run_server(command: ServerCommand) -> int:
@@ -21,9 +24,11 @@ def run_server(command: ServerCommand) -> int:
 
     The first SIGINT or SIGTERM is passed on, and the server finishes as it does; the second kills
     it, and so does time: GRACE_SECONDS, on top of vLLM's own --shutdown-timeout. Whatever it
-    started is ended with it.
+    started is ended with it; outside Linux this leaves out what made a process group of its own,
+    as the servers of vLLM's data-parallel supervisor do.
     """
-    with _signals_held() as received:
+    patience = grace_seconds(command)
+    with _signals_held() as received, _orphans_ended():
         process = subprocess.Popen(
             command.arguments,
             env=command.environment(),
@@ -31,14 +36,61 @@ def run_server(command: ServerCommand) -> int:
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         try:
-            with _signals_passed_on(process.pid, received, grace_seconds(command)):
-                # Not reaped yet: its pid still names its group.
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            with _signals_passed_on(process.pid, received, patience):
+                _wait(process)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
             process.wait()
     code = process.returncode
     return code if code >= 0 else 128 - code
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> None:
+    """Wait until the server ended; where the system can, without reaping it."""
+    if hasattr(os, "waitid"):
+        # Not reaped yet: its pid still names its group.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    else:
+        # Python on macOS. The number stays the group's while anything is left in it.
+        process.wait()
+
+
+def _kill_group(pid: int) -> None:
+    # Nobody is left in it, or, as macOS has it, only processes that ended.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+@contextmanager
+def _orphans_ended() -> Iterator[None]:
+    """On Linux: in the end, kill what the server left behind in process groups of their own.
+
+    They become our children when their parent ends, and theirs when we end them.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, ours = ctypes.CDLL(None), _children()
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        while orphans := _children() - ours:
+            for pid in orphans:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _children() -> set[int]:
+    """Our child processes; none where the kernel does not list them."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found.update(map(int, task.read_text().split()))
+    return found
 
 
 @contextmanager
@@ -64,10 +116,11 @@ def _signals_passed_on(pid: int, received: list[int], grace_seconds: int) -> Ite
     def send(number: int, frame: FrameType | None = None) -> None:
         sent.append(number)
         if len(sent) == 1:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
             signal.alarm(grace_seconds)
         else:
-            os.killpg(pid, signal.SIGKILL)
+            _kill_group(pid)
 
     before = signal.signal(signal.SIGALRM, send)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -86,12 +139,8 @@ def _signals_passed_on(pid: int, received: list[int], grace_seconds: int) -> Ite
 
 def grace_seconds(command: ServerCommand) -> int:
     """How long a server that was asked to end may take."""
-    words = (
-        " ".join(command.arguments).replace("--shutdown-timeout=", "--shutdown-timeout ").split()
-    )
-    place = words.index("--shutdown-timeout") + 1 if "--shutdown-timeout" in words else len(words)
-    value = words[place] if place < len(words) else ""
-    return GRACE_SECONDS + (int(value) if value.isdecimal() else 0)
+    flags = expand_config_file(command.arguments)
+    return GRACE_SECONDS + flag_number(flags, "--shutdown-timeout", default=0)
 
 
 def end_with_parent() -> None:

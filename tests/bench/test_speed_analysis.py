@@ -1,12 +1,13 @@
 """Speed-ups by hand: directions, blocks that do not count, loads without a bound."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from trsp.bench.bounds import BEYOND, FAR_BELOW, WITHIN, LayerCost, ModelCost
-from trsp.bench.serve_plan import CONTROL, DENSE, palindrome
+from trsp.bench.serve_plan import CONTROL, DENSE, palindrome, steps
 from trsp.bench.serve_record import Cell, Load, Memory, Ratio, Workload
 from trsp.bench.speed_analysis import is_cost, ratios
 
@@ -159,6 +160,38 @@ def test_a_block_that_was_not_finished_does_not_count(count: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("num_cells", "told"),
+    [
+        (0, ["dense again: no", "p: no"]),
+        (3, ["dense again: no", "p: no"]),
+        (6, ["dense again: 1", "p: 1"]),
+        (9, ["dense again: 1", "p: 1"]),
+        (12, ["dense again: 2", "p: 2"]),
+    ],
+)
+def test_blocks_of_the_plan_that_were_never_measured_are_missed(
+    num_cells: int, told: list[str]
+) -> None:
+    """A run that was killed has cells of some blocks, and of others none at all."""
+    measured = cells({DENSE: [10] * 4, CONTROL: [10] * 4, "p": [20] * 4})[:num_cells]
+    plan = list(steps(ARMS, LOADS[:1], LOADS[1], ["equal-kv", "equal-memory"], 3))
+    _, missing = ratios(measured, LOADS, WORKLOAD, COSTS, steps=plan)
+    ends = {"no": "no block with every cell valid", "1": "1 of 3 blocks count",
+            "2": "2 of 3 blocks count"}  # fmt: skip
+    here = [line.split(": ") for line in told]
+    assert missing == [
+        *(f"{arm}, equal-kv, closed 1: {ends[end]}" for arm, end in here),
+        *(f"{arm}, equal-memory, closed 8: {ends['no']}" for arm in (CONTROL, "p")),
+    ]
+
+
+def test_a_whole_plan_misses_nothing() -> None:
+    measured = cells({DENSE: [10] * 4, CONTROL: [10] * 4, "p": [20] * 4})
+    plan = list(steps(ARMS, LOADS[:1], LOADS[1], ["equal-kv"], 2))
+    assert ratios(measured, LOADS, WORKLOAD, COSTS, steps=plan)[1] == []
+
+
+@pytest.mark.parametrize(
     ("control", "told"),
     [
         ([10, 10.1, 10.1, 10, 9.9, 10], "contains 1"),
@@ -246,6 +279,16 @@ def test_no_bound_is_above_the_ratio_of_layers(metric: str, load: str) -> None:
     bound = of(analysed(cells(figures, metric=metric, load=load))[0], "p").bound
     assert bound is not None
     assert 1 < bound < 2
+
+
+def test_a_bound_follows_the_bytes_where_the_largest_layers_went() -> None:
+    """More than the ratio of layers can be gained, and is no mystery."""
+    large = replace(LAYER, parameters=99_000, matrix_parameters=99_000)
+    dense = replace(cost(4), layers=(large, large, LAYER, LAYER))
+    figures = {DENSE: [10.0, 10.0], "p": [5.0, 5.0]}
+    measured = cells(figures, metric="median_tpot_ms")
+    found, _ = ratios(measured, LOADS, WORKLOAD, {DENSE: dense, "p": cost(2)})
+    assert (of(found, "p").bound or 0) > 10
 
 
 def test_every_memory_and_load_is_compared_by_itself() -> None:

@@ -246,6 +246,9 @@ def test_missing_field_is_named(missing: str) -> None:
         ({"num_hidden_layers": MAX_LAYERS + 1}, "num_hidden_layers is 65537"),
         ({"num_hidden_layers": 8.0}, "num_hidden_layers is 8.0"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"weights_sha256": ""}, "weights_sha256 is '', expected 64 hex digits or null"),
+        ({"weights_sha256": "AB" * 32}, "weights_sha256 is 'ABAB"),
+        ({"weights_sha256": 3}, "weights_sha256 is 3"),
     ],
     ids=str,
 )
@@ -253,6 +256,21 @@ def test_base_model_is_checked(base_model: dict[str, Any], message: str) -> None
     fields = {"name": "m", "num_hidden_layers": 8, "fingerprint": "f", **base_model}
     with pytest.raises(LayerMapError, match=message):
         BaseModel(**fields)
+
+
+def test_the_weights_of_the_base_model_are_optional() -> None:
+    """Layer maps from before they were recorded are read, and an older trsp reads ours."""
+    without = example()
+    assert "weights_sha256" not in json.loads(without.to_json())["base_model"]
+    assert LayerMap.from_json(without.to_json()).base_model.weights_sha256 is None
+    null = json.loads(without.to_json())
+    null["base_model"]["weights_sha256"] = None
+    assert LayerMap.from_json(json.dumps(null)) == without
+    known = without.with_base_model(replace(BASE, weights_sha256="cd" * 32))
+    assert json.loads(known.to_json())["base_model"]["weights_sha256"] == "cd" * 32
+    assert LayerMap.from_json(known.to_json()) == known
+    assert known.prefix(1).base_model.weights_sha256 == "cd" * 32
+    assert known != without
 
 
 @pytest.mark.parametrize("gate", [float("nan"), float("inf"), True, "0.5"])

