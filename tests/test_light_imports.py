@@ -70,6 +70,7 @@ def test_the_layer_map_loads_the_standard_library_alone(tmp_path: Path) -> None:
         ["plan", "--help"],
         ["serve", "--help"],
         ["report", "--help"],
+        ["audit", "--help"],
         ["bench", "serve", "--help"],
     ],
 )

@@ -220,7 +220,7 @@ def test_max_tokens_tokenizes_a_part_of_the_text_to_the_same_tokens(
         longest = max(longest, *map(len, texts))
         return [tokenizer(text)["input_ids"] for text in texts]
 
-    monkeypatch.setattr("trsp.pruner.evaluation.encode", watched)
+    monkeypatch.setattr("trsp.pruner.windows.encode", watched)
     part = evaluate_perplexity(model, tokenizer, [long], max_tokens=120)
     assert longest < len(TEXT) * 2
     assert part.loss == evaluate_perplexity(model, tokenizer, [path], max_tokens=120).loss

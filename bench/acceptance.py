@@ -1,0 +1,133 @@
+"""Acceptance criteria of a release gate: a YAML file of limits, judged on an audit.
+
+perplexity_ratio: 1.10     # pruned over dense, at most
+tail_ratio: 1.15           # costliest hundredth of tokens, pruned over dense loss, at most
+worst_increase: 4.0        # nats, mean over the hundredth that lost most, at most
+rare_increase: 0.3         # nats, mean over the rarest tokens of the text, at most
+top1_agreement: 0.85       # at least
+top1_lost: 0.10            # of what the dense model had right, at most
+kl: 0.2                    # nats a token, at most
+greedy_prefix: 0.5         # share of a greedy continuation before it parts, at least
+domains:
+  contracts:
+    perplexity_ratio: 1.05   # instead of the one above
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trsp.bench.audit_record import Domain, Outcome
+from trsp.pruner.errors import UserError
+
+_MAX_BYTES = 2**20
+
+
+class Limits(BaseModel):
+    """Limits of one domain, or of all; see the module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    perplexity_ratio: float | None = None
+    tail_ratio: float | None = None
+    worst_increase: float | None = None
+    rare_increase: float | None = None
+    top1_agreement: float | None = None
+    top1_lost: float | None = None
+    kl: float | None = None
+    greedy_prefix: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by criterion."""
+        return {name: getattr(self, name) for name in VALUES if getattr(self, name) is not None}
+
+
+class Criteria(Limits):
+    """The whole file. `domains`: limits that replace those for all."""
+
+    domains: dict[str, Limits] = {}
+
+
+def _tail_ratio(domain: Domain) -> float | None:
+    if domain.losses.tail_dense <= 0:
+        return None
+    return domain.losses.tail_pruned / domain.losses.tail_dense
+
+
+# By criterion: how it is read from a domain, and to which side its limit lies.
+VALUES: Mapping[str, tuple[Callable[[Domain], float | None], Literal["at most", "at least"]]] = {
+    "perplexity_ratio": (lambda d: d.pruned_perplexity / d.dense_perplexity, "at most"),
+    "tail_ratio": (_tail_ratio, "at most"),
+    "worst_increase": (lambda d: d.losses.worst_increase, "at most"),
+    "rare_increase": (lambda d: d.bands[0].losses.increase if d.bands else None, "at most"),
+    "top1_agreement": (lambda d: d.losses.top1_agreement, "at least"),
+    "top1_lost": (lambda d: d.losses.top1_lost, "at most"),
+    "kl": (lambda d: d.losses.kl, "at most"),
+    "greedy_prefix": (lambda d: d.greedy.same_prefix if d.greedy else None, "at least"),
+}
+
+
+def read_criteria(path: Path, domains: Sequence[str]) -> tuple[Criteria, str]:
+    """Read an acceptance file.
+
+    Args:
+        domains: the names that it may speak of.
+    Returns:
+        the criteria and the file's sha256.
+    Raises:
+        UserError: not readable, not YAML, an unknown criterion or domain, or no limit at all.
+    """
+    try:
+        content = path.read_bytes()[: _MAX_BYTES + 1]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: is larger than 1 MiB: no acceptance file")
+    try:
+        document: Any = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected limits by name, such as perplexity_ratio: 1.1")
+    try:
+        criteria = Criteria.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: {place}: {first['msg']}; the criteria are {', '.join(VALUES)}"
+        ) from error
+    if unknown := sorted(criteria.domains.keys() - set(domains)):
+        raise UserError(
+            f"{path}: domain {unknown[0]!r} is not audited; the audited ones are "
+            f"{', '.join(domains)}"
+        )
+    if not criteria.given() and not any(limits.given() for limits in criteria.domains.values()):
+        raise UserError(f"{path}: sets no limit; the criteria are {', '.join(VALUES)}")
+    return criteria, hashlib.sha256(content).hexdigest()
+
+
+def judge(criteria: Criteria, domains: Sequence[Domain]) -> list[Outcome]:
+    """Every criterion in every domain. What could not be measured is not passed."""
+    outcomes = []
+    for domain in domains:
+        own = criteria.domains.get(domain.name)
+        limits = criteria.given() | (own.given() if own else {})
+        for criterion, limit in limits.items():
+            read, side = VALUES[criterion]
+            value = read(domain)
+            passed = value is not None and (value <= limit if side == "at most" else value >= limit)
+            outcomes.append(
+                Outcome(
+                    criterion=criterion,
+                    domain=domain.name,
+                    limit=limit,
+                    value=value,
+                    passed=passed,
+                )
+            )
+    return outcomes

@@ -1,0 +1,293 @@
+"""`trsp audit`: a pruned model beside the dense one, token by token, on the user's own text.
+
+A mean hides what few inputs lose. So the tokens that lost most are counted, grouped by how rare
+they are, and shown; and both models are let to go on from the same prompts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trsp.bench.acceptance import judge, read_criteria
+from trsp.bench.audit_record import (
+    AuditedModel,
+    AuditRecord,
+    Band,
+    ContinuedText,
+    Domain,
+    Example,
+    Greedy,
+    Losses,
+)
+from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
+from trsp.bench.record import environment
+from trsp.bench.token_losses import TokenLosses, compare_tokens
+from trsp.pruner.checkpoint import (
+    Checkpoint,
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    sample_weights,
+)
+from trsp.pruner.errors import UserError
+from trsp.pruner.evaluation import exp_loss
+from trsp.pruner.progress import Progress, silent
+from trsp.pruner.token_ids import hash_tokenizer
+from trsp.pruner.windows import Windows, cut_windows
+
+# Occurrences of a token in the audited text: least and most of each band.
+BANDS: tuple[tuple[int, int | None], ...] = ((1, 1), (2, 9), (10, 99), (100, None))
+QUANTILES = (50.0, 90.0, 99.0, 99.9)
+_TAIL = 0.01
+_TEXT_BEFORE = 24
+_WORST_CONTINUATIONS = 3
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What the user asked for; see the command's help.
+
+    Attributes:
+        data: files or folders by the name of their domain.
+        prompts: greedy continuations in each domain; 0 leaves them out.
+    """
+
+    dense: Path
+    pruned: Path
+    data: Mapping[str, Sequence[Path]]
+    accept: Path | None = None
+    window: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "cpu"
+    text_field: str = "text"
+    prompts: int = 16
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    examples: int = 10
+    trust_remote_code: bool = False
+
+
+def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
+    """Measure both models on every domain, and judge by the acceptance file where there is one.
+
+    Raises:
+        UserError: a model, text or acceptance file that cannot be used; two tokenizers.
+        RunError: a loss is not finite.
+    """
+    _check(options)
+    criteria = None
+    if options.accept is not None:
+        criteria, digest = read_criteria(options.accept, list(options.data))
+    checkpoints = [
+        open_checkpoint(folder, trust_remote_code=options.trust_remote_code)
+        for folder in (options.dense, options.pruned)
+    ]
+    tokenizer = _common_tokenizer(checkpoints, options)
+    dense, pruned = (
+        load_model(
+            checkpoint,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for checkpoint in checkpoints
+    )
+    domains = [
+        _domain(name, paths, dense, pruned, tokenizer, options, progress)
+        for name, paths in options.data.items()
+    ]
+    outcomes = judge(criteria, domains) if criteria else []
+    return AuditRecord(
+        dense=_audited(checkpoints[0]),
+        pruned=_audited(checkpoints[1]),
+        domains=domains,
+        criteria=criteria.model_dump(exclude_none=True) if criteria else None,
+        criteria_sha256=digest if criteria else None,
+        outcomes=outcomes,
+        passed=all(outcome.passed for outcome in outcomes) if outcomes else None,
+        environment=environment(),
+    )
+
+
+def summarize(rows: TokenLosses, chosen: NDArray[np.bool_] | None = None) -> Losses:
+    """Figures over all tokens, or over the chosen ones [N], of which there is at least one."""
+    at: Any = slice(None) if chosen is None else chosen
+    dense, pruned, increase = rows.dense[at], rows.pruned[at], rows.increase[at]
+    says, right = rows.dense_says[at] == rows.pruned_says[at], rows.dense_says[at] == rows.token[at]
+    count = len(dense)
+    tail = max(1, math.ceil(_TAIL * count))
+    ordered = np.sort(increase)
+    return Losses(
+        num_tokens=count,
+        dense=float(dense.mean()),
+        pruned=float(pruned.mean()),
+        increase=float(increase.mean()),
+        increase_quantiles={
+            f"{percent:g}": float(np.percentile(increase, percent)) for percent in QUANTILES
+        },
+        worst_increase=float(ordered[-tail:].mean()),
+        best_decrease=float(ordered[:tail].mean()),
+        tail_dense=float(np.sort(dense)[-tail:].mean()),
+        tail_pruned=float(np.sort(pruned)[-tail:].mean()),
+        top1_agreement=float(says.mean()),
+        top1_lost=float((~says[right]).mean()) if right.any() else None,
+        kl=max(0.0, float(rows.kl[at].mean())),
+    )
+
+
+def frequency_bands(rows: TokenLosses, counts: Mapping[int, int]) -> list[Band]:
+    """Losses by how often a token occurs in the text, the rarest first; no empty band."""
+    occurrences = np.array([counts[int(token)] for token in rows.token])
+    bands = []
+    for least, most in BANDS:
+        chosen = (occurrences >= least) & (occurrences <= (math.inf if most is None else most))
+        if chosen.any():
+            bands.append(Band(least=least, most=most, losses=summarize(rows, chosen)))
+    return bands
+
+
+def _domain(
+    name: str,
+    paths: Sequence[Path],
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: AuditOptions,
+    progress: Progress,
+) -> Domain:
+    def labelled(task: str, completed: int, total: int) -> None:
+        progress(f"{name}: {task}", completed, total)
+
+    windows = cut_windows(
+        dense,
+        tokenizer,
+        [str(path) for path in paths],
+        window=options.window,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        text_field=options.text_field,
+        progress=labelled,
+    )
+    rows = compare_tokens(dense, pruned, windows, labelled)
+    losses = summarize(rows)
+    counts = Counter(windows.ids.tolist())
+    greedy = None
+    if options.prompts:
+        length = min(options.prompt_tokens, len(windows.ids))
+        prompts = spread_prompts(windows.ids, count=options.prompts, length=length)
+        found = continue_prompts(
+            dense, pruned, prompts, new_tokens=options.new_tokens, progress=labelled
+        )
+        greedy = _greedy(found, tokenizer, options)
+    return Domain(
+        name=name,
+        files=[path.name for path in paths],
+        protocol=asdict(windows.protocol),
+        dense_perplexity=exp_loss(losses.dense),
+        pruned_perplexity=exp_loss(losses.pruned),
+        losses=losses,
+        bands=frequency_bands(rows, counts),
+        greedy=greedy,
+        examples=_examples(rows, windows, tokenizer, options.examples),
+    )
+
+
+def _examples(
+    rows: TokenLosses, windows: Windows, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[Example]:
+    """The tokens with the largest increase, each with the text before it in its window."""
+
+    def text(ids: Any) -> str:
+        return str(tokenizer.decode(ids))
+
+    chosen = np.argsort(-rows.increase, kind="stable")[:count]
+    found = []
+    for row in chosen.tolist():
+        begin = int(rows.window[row]) * windows.stride
+        # A window's first place is bos where there is one.
+        place = begin + int(rows.offset[row]) - (windows.bos is not None)
+        before = windows.ids[max(begin, place - _TEXT_BEFORE) : place]
+        found.append(
+            Example(
+                before=text(before.tolist()),
+                token=text([int(rows.token[row])]),
+                dense_says=text([int(rows.dense_says[row])]),
+                pruned_says=text([int(rows.pruned_says[row])]),
+                dense=float(rows.dense[row]),
+                pruned=float(rows.pruned[row]),
+            )
+        )
+    return found
+
+
+def _greedy(
+    found: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase, options: AuditOptions
+) -> Greedy:
+    prefixes = [one.same_prefix for one in found]
+    worst = sorted(found, key=lambda one: one.same_prefix)[:_WORST_CONTINUATIONS]
+    return Greedy(
+        num_prompts=len(found),
+        prompt_tokens=len(found[0].prompt),
+        new_tokens=options.new_tokens,
+        same_prefix=float(np.mean(prefixes)) / options.new_tokens,
+        same_places=float(np.mean([one.same_places for one in found])),
+        identical=float(np.mean([prefix == options.new_tokens for prefix in prefixes])),
+        worst=[
+            ContinuedText(
+                prompt=str(tokenizer.decode(list(one.prompt))),
+                dense=str(tokenizer.decode(list(one.dense))),
+                pruned=str(tokenizer.decode(list(one.pruned))),
+                same_prefix=one.same_prefix,
+            )
+            for one in worst
+        ],
+    )
+
+
+def _check(options: AuditOptions) -> None:
+    if not options.data:
+        raise UserError("nothing to audit on: name your own text with --data NAME=FILE")
+    for name, number, least in (
+        ("--prompts", options.prompts, 0),
+        ("--prompt-tokens", options.prompt_tokens, 1),
+        ("--new-tokens", options.new_tokens, 1),
+        ("--examples", options.examples, 0),
+    ):
+        if number < least:
+            raise UserError(f"{name} {number}: expected at least {least}")
+
+
+def _common_tokenizer(
+    checkpoints: Sequence[Checkpoint], options: AuditOptions
+) -> PreTrainedTokenizerBase:
+    dense, pruned = (
+        load_tokenizer(checkpoint, trust_remote_code=options.trust_remote_code)
+        for checkpoint in checkpoints
+    )
+    if hash_tokenizer(dense) != hash_tokenizer(pruned):
+        raise UserError(
+            f"{options.pruned}: its tokenizer is not that of {options.dense}: the same text would "
+            "be other tokens; copy the dense model's tokenizer files"
+        )
+    for checkpoint in checkpoints:
+        check_tokenizer(checkpoint, dense)
+    return dense
+
+
+def _audited(checkpoint: Checkpoint) -> AuditedModel:
+    return AuditedModel(
+        folder=checkpoint.path.name,
+        num_hidden_layers=checkpoint.num_hidden_layers,
+        fingerprint=checkpoint.fingerprint,
+        weights_sha256=sample_weights(checkpoint),
+    )

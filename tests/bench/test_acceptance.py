@@ -1,0 +1,111 @@
+"""Acceptance files: limits that hold at the limit, and mistakes that do not pass for limits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trsp.bench.acceptance import VALUES, judge, read_criteria
+from trsp.bench.audit_record import Band, Domain, Greedy, Losses
+from trsp.pruner.errors import UserError
+
+LOSSES = Losses(
+    num_tokens=100, dense=2.0, pruned=2.0, increase=0.0, increase_quantiles={"50": 0.0},
+    worst_increase=3.0, best_decrease=-3.0, tail_dense=8.0, tail_pruned=10.0, top1_agreement=0.8,
+    top1_lost=0.1, kl=0.25,
+)  # fmt: skip
+GREEDY = Greedy(
+    num_prompts=2, prompt_tokens=8, new_tokens=8, same_prefix=0.5, same_places=0.6, identical=0.0,
+    worst=[],
+)  # fmt: skip
+RARE = Band(least=1, most=1, losses=LOSSES.model_copy(update={"increase": 0.75}))
+# By criterion: what the domain below has.
+MEASURED = {
+    "perplexity_ratio": 1.0, "tail_ratio": 1.25, "worst_increase": 3.0, "rare_increase": 0.75,
+    "top1_agreement": 0.8, "top1_lost": 0.1, "kl": 0.25, "greedy_prefix": 0.5,
+}  # fmt: skip
+
+
+def domain(name: str = "books", **changes: Any) -> Domain:
+    fields: dict[str, Any] = {
+        "name": name, "files": ["a.txt"], "protocol": {}, "dense_perplexity": 7.0,
+        "pruned_perplexity": 7.0, "losses": LOSSES, "bands": [RARE], "greedy": GREEDY,
+        "examples": [],
+    }  # fmt: skip
+    return Domain(**(fields | changes))
+
+
+def criteria(text: str, tmp_path: Path, domains: tuple[str, ...] = ("books", "law")) -> Any:
+    path = tmp_path / "accept.yaml"
+    path.write_text(text)
+    return read_criteria(path, domains)[0]
+
+
+def test_every_criterion_is_measured_here() -> None:
+    assert MEASURED.keys() == VALUES.keys()
+
+
+@pytest.mark.parametrize("criterion", MEASURED)
+def test_a_limit_is_met_at_the_limit_and_missed_beyond_it(criterion: str, tmp_path: Path) -> None:
+    measured = MEASURED[criterion]
+    better = -1e-6 if VALUES[criterion][1] == "at most" else 1e-6
+    for limit, passed in ((measured, True), (measured + better, False), (measured - better, True)):
+        (outcome,) = judge(criteria(f"{criterion}: {limit!r}", tmp_path), [domain()])
+        assert outcome.value == pytest.approx(measured)
+        assert outcome.passed is passed
+
+
+@pytest.mark.parametrize(
+    ("criterion", "changes"),
+    [
+        ("greedy_prefix", {"greedy": None}),
+        ("rare_increase", {"bands": []}),
+        ("top1_lost", {"losses": LOSSES.model_copy(update={"top1_lost": None})}),
+        ("tail_ratio", {"losses": LOSSES.model_copy(update={"tail_dense": 0.0})}),
+    ],
+)
+def test_what_was_not_measured_is_not_passed(
+    criterion: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (outcome,) = judge(criteria(f"{criterion}: 0.0001", tmp_path), [domain(**changes)])
+    assert outcome.value is None
+    assert not outcome.passed
+
+
+def test_a_domain_has_limits_of_its_own(tmp_path: Path) -> None:
+    text = "kl: 1\ndomains:\n  law: {kl: 0.1, top1_lost: 0.5}\n"
+    found = judge(criteria(text, tmp_path), [domain("books"), domain("law")])
+    told = [(outcome.domain, outcome.criterion, outcome.limit, outcome.passed) for outcome in found]
+    assert told == [
+        ("books", "kl", 1, True), ("law", "kl", 0.1, False), ("law", "top1_lost", 0.5, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "expected limits by name"),
+        ("- kl", "expected limits by name"),
+        ("kl: [", "is not YAML"),
+        ("{}", "sets no limit"),
+        ("domains: {law: {}}", "sets no limit"),
+        ("klx: 1", "klx: .*the criteria are perplexity_ratio"),
+        ("kl: much", "kl: .*number"),
+        ("kl: .nan", "kl: .*finite"),
+        ("domains: {poems: {kl: 1}}", "domain 'poems' is not audited; the audited ones are books"),
+        ("domains: {law: {klx: 1}}", r"domains\.law\.klx"),
+    ],
+)
+def test_mistakes_are_one_line(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told) as raised:
+        criteria(text, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_criteria(tmp_path, ["books"])
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        read_criteria(large, ["books"])
