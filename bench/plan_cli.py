@@ -26,31 +26,62 @@ def plan(
     overwrite: pruner_cli.Overwrite = False,
     trust_remote_code: pruner_cli.Trust = False,
     slo: Annotated[
-        str | None, typer.Option(help="speed target, such as 'median_tpot_ms<=20': how many layers")
+        str | None,
+        typer.Option(
+            help="how many layers must go for a speed target, such as 'median_tpot_ms<=20' or "
+            "'output_throughput>=500'"
+        ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="with --slo: requests in flight")] = 1,
+    concurrency: Annotated[
+        int | None, typer.Option(help="with --slo: requests in flight; 1")
+    ] = None,
     record: Annotated[
         list[Path] | None,
-        typer.Option(help="with --slo: of trsp bench serve; repeatable; none: measure"),
+        typer.Option(
+            help="with --slo: what trsp bench serve measured of this model; repeatable; without "
+            "it three depths are measured"
+        ),
     ] = None,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="with --slo: do not measure the answer")
+        bool, typer.Option("--no-verify", help="with --slo: do not measure the named depth")
     ] = False,
-    num_blocks: Annotated[int, typer.Option(help="with --slo: blocks of each measurement")] = 5,
-    num_requests: Annotated[int | None, typer.Option(help="with --slo: of each load")] = None,
-    input_len: Annotated[int, typer.Option(help="with --slo: tokens")] = 256,
-    output_len: Annotated[int, typer.Option(help="with --slo: tokens")] = 128,
-    work: Annotated[Path, typer.Option(help="with --slo: folder of the measurements")] = Path(
-        "trsp-slo"
-    ),
+    num_blocks: Annotated[
+        int | None, typer.Option(help="with --slo: blocks of each measurement; 5")
+    ] = None,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(help="with --slo: of each measurement; max(10 x concurrency, 200)"),
+    ] = None,
+    input_len: Annotated[
+        int | None, typer.Option(help="with --slo: tokens of a prompt; 256")
+    ] = None,
+    output_len: Annotated[
+        int | None, typer.Option(help="with --slo: tokens of an answer; 128")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --slo: folder of the measurements, where the same question goes on; trsp-slo"
+        ),
+    ] = None,
     as_json: pruner_cli.AsJson = False,
 ) -> None:
-    """Stage 1 only: learn which layers go; writes a layer map. Or with --slo: how many must go."""
+    """Stage 1 only: learn which layers go; writes a layer map. Or with --slo: how many must go.
+
+    --slo fits cost = a + b x layers through measured depths and measures the depth that the line
+    names, with random weights, because speed does not depend on them. It ends with 0 when a depth
+    meets the target, 1 when none does or the named one misses it.
+    """
     stage_one = {
         "--recipe": recipe, "--ratio": ratio, "--layers": layers, "--data": data, "--seed": seed,
         "--device": device, "--set": settings, "--resume": resume, "--overwrite": overwrite,
+        "--trust-remote-code": trust_remote_code, "--preset": preset if preset != "trsp" else None,
     }  # fmt: skip
-    measuring = {"--record": record, "--num-requests": num_requests, "--no-verify": no_verify}
+    load = {"--num-requests": num_requests, "--input-len": input_len, "--output-len": output_len}
+    measuring = {
+        "--record": record, "--no-verify": no_verify, "--concurrency": concurrency,
+        "--num-blocks": num_blocks, "--work": work, **load,
+    }  # fmt: skip
     if slo is None:
         _refuse(measuring, "means nothing without --slo")
         pruner_cli.plan(
@@ -71,25 +102,31 @@ def plan(
         )
         return
     _refuse(stage_one, "means nothing with --slo, which asks how many layers and not which")
+    if record:
+        _refuse(load, "means nothing with --record: the load is the record's")
     from trsp.bench.serve_design import ServeOptions
-    from trsp.bench.slo import parse_target, plan_for_slo, write_slo_plan
+    from trsp.bench.slo import plan_for_slo
+    from trsp.bench.slo_answer import refuse_foreign_out, write_slo_plan
+    from trsp.bench.slo_target import parse_target
 
+    out = out or Path("slo.json")
+    refuse_foreign_out(out)
     answer = plan_for_slo(
         model,
         parse_target(slo),
-        concurrency=concurrency,
+        concurrency=1 if concurrency is None else concurrency,
         records=record or (),
         options=ServeOptions(
-            out=work,
-            num_blocks=num_blocks,
+            out=work or Path("trsp-slo"),
+            num_blocks=5 if num_blocks is None else num_blocks,
             num_requests=num_requests,
-            input_len=input_len,
-            output_len=output_len,
+            input_len=256 if input_len is None else input_len,
+            output_len=128 if output_len is None else output_len,
         ),
         verify=not no_verify,
         tell=lambda line: typer.echo(line, err=True),
     )
-    write_slo_plan(out or Path("slo.json"), answer)
+    write_slo_plan(out, answer)
     if as_json:
         typer.echo(json.dumps(answer.model_dump(), indent=1))
     else:

@@ -24,6 +24,7 @@ from trsp.bench.report_markdown import to_markdown
 from trsp.bench.report_plots import draw_plots
 from trsp.bench.report_speedups import (
     blocks_table,
+    negative_sentence,
     negative_table,
     speed_table,
 )
@@ -32,7 +33,7 @@ from trsp.bench.report_table import Table
 from trsp.bench.report_tables import (
     latency_table,
     memory_table,
-    offline_table,
+    offline_tables,
     quality_table,
     throughput_table,
 )
@@ -76,6 +77,7 @@ class Section:
     memory: Table
     memory_sentence: str
     negative: Table
+    negative_sentence: str
     has_open_loads: bool
     blocks: Table
     invalid: Table
@@ -168,7 +170,9 @@ class _Drawn:
             kinds = (latency_table, throughput_table)
             figures = [make(values, memory) for memory in values.memories for make in kinds]
         else:
-            figures = [offline_table(values, memory) for memory in values.memories]
+            figures = [
+                table for memory in values.memories for table in offline_tables(values, memory)
+            ]
         return Section(
             number=self.number,
             title=BACKEND_TITLES[record.backend],
@@ -187,6 +191,7 @@ class _Drawn:
             memory=memory_table(values),
             memory_sentence=equal_memory_sentence(values),
             negative=negative_table(values),
+            negative_sentence=negative_sentence(values),
             has_open_loads=bool(values.loads_of("open")),
             blocks=blocks_table(values),
             invalid=invalid_table(values),

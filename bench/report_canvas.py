@@ -1,7 +1,7 @@
 """What the report's figures share: panels, the line of an arm, bars of intervals, the legend."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trsp.bench.report_style import WARNING, name_in_figure
 from trsp.bench.report_values import Values, told_memory
@@ -104,7 +104,12 @@ def fit_axis(axes: "Axes", heights: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def legend_below(figure: "Figure", axes: "Axes") -> None:
-    """The legend under all panels, in as many columns as it has names, four at most."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+def legend_below(figure: "Figure", *panels: "Axes") -> None:
+    """The legend under all panels, each name once, four columns at most."""
+    named: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        columns = min(4, len(named))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)

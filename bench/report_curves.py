@@ -29,13 +29,14 @@ _DEPTH_METRICS = {
     "throughput": ("tokens_per_second", "requests_per_second"),
     "transformers": ("generation_latency_s", "prompt_latency_s"),
 }
-_LOAD_COLOURS = ("#0072b2", "#d55e00")
+# Loads look like no arm: an arm's colour must not seem to be meant.
+_LOAD_LOOKS = (("#5b3a8e", "o"), ("#8c6d00", "s"))
 
 
 def draw_pareto(values: Values) -> Plot:
     """Tokens/s of the whole server against tokens/s of one user, over the closed loads."""
     memory = first_memory(values)
-    loads = values.loads_of("closed")
+    loads = [load for load in values.loads_of("closed") if load.concurrency is not None]
 
     def point(arm: Arm, load: Load) -> tuple[float, float] | None:
         place = Place(memory, arm.name, load.name)
@@ -71,7 +72,7 @@ def draw_pareto(values: Values) -> Plot:
         "Throughput against interactivity",
         "Up is more work done by the same machine, right is a faster answer for each user; a curve "
         "further up and right is better. The number at a point is how many requests are in flight. "
-        + memory_sentence(memory),
+        + memory_sentence(memory, values.record.backend),
         figure,
     )
 
@@ -95,17 +96,16 @@ def draw_depth(values: Values) -> Plot:
     width = max(6.6, 3.9 * len(metrics))
     figure, panels = new_figure(values, len(metrics), width=width, height=4.2)
     for axes, metric in zip(panels, metrics, strict=True):
-        for load, colour in zip(loads, _LOAD_COLOURS, strict=False):
-            _depth_line(axes, values, Place(memory, "", load.name), metric, colour)
-        for place, load in enumerate(loads):
-            label = None if place else "by the number of layers alone"
-            _proportional_line(axes, values, Place(memory, "", load.name), metric, label)
+        for load, look in zip(loads, _LOAD_LOOKS, strict=False):
+            _depth_line(axes, values, Place(memory, "", load.name), metric, look)
+        for load in loads:
+            _proportional_line(axes, values, Place(memory, "", load.name), metric)
         axes.set_title(panel_title(metric))
         axes.set_xlabel("layers")
         axes.set_xticks(depths)
         axes.margins(x=0.12)
         from_zero(axes)
-    legend_below(figure, panels[0])
+    legend_below(figure, *panels)
     title = "Throughput" if is_rate(metrics[0]) else "Latency"
     return Plot(
         "depth",
@@ -113,7 +113,7 @@ def draw_depth(values: Values) -> Plot:
         "Each small point is one block, hollow ones are the dense model again; lines join the "
         "means. The dotted line is where the dense model's figure would go if it followed the "
         "number of layers alone, which embeddings, output head and the engine's own work prevent. "
-        + memory_sentence(memory),
+        + memory_sentence(memory, values.record.backend),
         figure,
     )
 
@@ -155,7 +155,7 @@ def draw_open_loop(values: Values) -> Plot:
         "Time to first token against load",
         "Requests arrive at random; the further right, the closer to what the dense model can "
         "serve. A curve that turns up later takes more load before users wait. The dotted line, "
-        f"where in view, is the bound of goodput. {memory_sentence(memory)}",
+        f"where in view, is the bound of goodput. {memory_sentence(memory, values.record.backend)}",
         figure,
     )
 
@@ -179,9 +179,12 @@ def _longest(curves: dict[str, list[tuple[float, float, Load]]]) -> int:
     return max(map(len, curves.values()), default=0)
 
 
-def _depth_line(axes: "Axes", values: Values, place: Place, metric: str, colour: str) -> None:
-    """Means over depth joined by a line, and blocks as points."""
+def _depth_line(
+    axes: "Axes", values: Values, place: Place, metric: str, look: tuple[str, str]
+) -> None:
+    """Means over depth joined by a line, and blocks as points; nothing where nothing counts."""
     means: Points = []
+    colour, marker = look
     for arm in values.arms:
         here = Place(place.memory, arm.name, place.load)
         blocks = values.by_block(here, metric)
@@ -190,7 +193,7 @@ def _depth_line(axes: "Axes", values: Values, place: Place, metric: str, colour:
             blocks,
             color=colour,
             linestyle="",
-            marker="o",
+            marker=marker,
             markersize=4.5,
             alpha=0.75,
             markerfacecolor="white" if arm.role == "control" else colour,
@@ -198,14 +201,13 @@ def _depth_line(axes: "Axes", values: Values, place: Place, metric: str, colour:
         mean = values.value(here, metric)
         if mean is not None and arm.role != "control":
             means.append((float(arm.num_hidden_layers), mean))
-    means.sort()
-    label = name_in_figure(values.load_title(place.load))
-    axes.plot([x for x, _ in means], [y for _, y in means], color=colour, label=label)
+    if means:
+        means.sort()
+        label = name_in_figure(values.load_title(place.load))
+        axes.plot([x for x, _ in means], [y for _, y in means], color=colour, label=label)
 
 
-def _proportional_line(
-    axes: "Axes", values: Values, place: Place, metric: str, label: str | None
-) -> None:
+def _proportional_line(axes: "Axes", values: Values, place: Place, metric: str) -> None:
     """Where the dense model's figure would go if it followed the number of layers alone."""
     dense = values.dense
     start = dense and values.value(Place(place.memory, dense.name, place.load), metric)
@@ -215,4 +217,5 @@ def _proportional_line(
     depths = list(range(least, dense.num_hidden_layers + 1))
     power = -1 if is_rate(metric) else 1
     line = [start * (depth / dense.num_hidden_layers) ** power for depth in depths]
+    label = "by the number of layers alone"
     axes.plot(depths, line, color=INK, linestyle=":", linewidth=1, zorder=1, label=label)

@@ -6,14 +6,18 @@ from trsp.bench.report_speedups import bounded_by_arrivals
 from trsp.bench.report_values import (
     Place,
     Values,
+    blocks_of,
     excludes_one,
+    has_interval,
     is_negative,
     is_unexplained,
     told_memory,
 )
 from trsp.bench.report_words import (
     MEMORY_TITLES,
+    NO_INTERVAL,
     TIMES,
+    interval,
     is_rate,
     load_phrase,
     load_title,
@@ -25,6 +29,8 @@ from trsp.bench.serve_record import Arm, Load, Ratio
 
 # Intervals over fewer blocks say little, however narrow they are.
 MIN_BLOCKS = 5
+# What room in the KV cache gains is told in this.
+_GAIN = "output_throughput"
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,23 @@ def compared(values: Values) -> str:
     gpu = record.environment.get("gpu")
     place = gpu.get("name") if isinstance(gpu, dict) else None
     place = place or record.environment.get("processor") or "an unnamed machine"
+    tokens = f"{workload.input_len:,} tokens in and {workload.output_len:,} out"
     return (
-        f"{pruned or 'No pruned model'} beside {base}, in {record.engine} on {place}: "
-        f"{workload.input_len:,} tokens in and {workload.output_len:,} out, {workload.dtype}, "
+        f"{pruned or 'No pruned model'} beside {base}, in {record.engine} on {place}: {tokens}"
+        f"{_lone_prompts(values)}, {workload.dtype}, "
         f"{record.num_blocks} {'block' if record.num_blocks == 1 else 'blocks'} of measurements."
     )
+
+
+def _lone_prompts(values: Values) -> str:
+    """The prompts that transformers reads without an answer, which no workload tells of."""
+    lengths = {
+        cell.total_input_tokens // cell.completed
+        for cell in values.record.cells
+        if cell.completed and not cell.total_output_tokens
+    }
+    told = " or ".join(f"{length:,}" for length in sorted(lengths))
+    return f" for generation, prompts of {told} tokens" if lengths else ""
 
 
 def stops(values: Values) -> list[str]:
@@ -100,11 +118,7 @@ def cautions(values: Values) -> list[str]:
             f"{num_invalid} of {len(record.cells)} measurements do not count and are left out; "
             "the reasons are under \u201cWhat does not count\u201d."
         )
-    if record.num_blocks < MIN_BLOCKS:
-        found.append(
-            f"{record.num_blocks} {'block' if record.num_blocks == 1 else 'blocks'}, fewer than "
-            f"{MIN_BLOCKS}: the intervals rest on few values."
-        )
+    found += _few_blocks(values)
     control = [ratio for ratio in values.ratios if ratio.arm in values.controls]
     missed = sum(excludes_one(ratio) for ratio in control)
     if missed:
@@ -118,23 +132,60 @@ def cautions(values: Values) -> list[str]:
     return found
 
 
+def _few_blocks(values: Values) -> list[str]:
+    """Speed-ups whose intervals rest on few blocks, or have none, and blocks that differ."""
+    record = values.record
+    found = []
+    if record.num_blocks < MIN_BLOCKS:
+        blocks = "block" if record.num_blocks == 1 else "blocks"
+        told = "there are no intervals" if record.num_blocks == 1 else (
+            "the intervals rest on few values"
+        )  # fmt: skip
+        found.append(f"{record.num_blocks} {blocks}, fewer than {MIN_BLOCKS}: {told}.")
+    else:
+        few = [ratio for ratio in values.ratios if len(ratio.blocks) < MIN_BLOCKS]
+        if few:
+            least = min(len(ratio.blocks) for ratio in few)
+            found.append(
+                f"{len(few)} of {len(values.ratios)} speed-ups rest on fewer than {MIN_BLOCKS} "
+                f"blocks, the least on {least}: cells that do not count took blocks away."
+            )
+    lone = [ratio for ratio in values.ratios if not has_interval(ratio)]
+    if lone:
+        found.append(
+            f"{len(lone)} of {len(values.ratios)} speed-ups: {NO_INTERVAL}; nothing is claimed of "
+            "them."
+        )
+    places: dict[tuple[str, str], set[frozenset[int]]] = {}
+    for ratio in values.ratios:
+        numbers = frozenset(blocks_of(ratio))
+        places.setdefault((ratio.memory, ratio.load), set()).add(numbers)
+    uneven = [load for (_, load), numbers in places.items() if len(numbers) > 1]
+    if uneven:
+        loads = _listed([values.load_title(load) for load in dict.fromkeys(uneven)])
+        found.append(
+            f"Not every arm counts in the same blocks ({loads}): compare arms by their speed-ups, "
+            "each of which has dense figures from its own blocks."
+        )
+    return found
+
+
 def _finding(values: Values, arm: Arm) -> Finding:
     """Figures and sentence of one arm at the loads that tell most."""
     memory = told_memory(values)
-    metric = values.main_metric()
     found = [
-        (load, ratio)
-        for load in values.main_loads()
-        if (ratio := values.ratio(Place(memory, arm.name, load.name), metric)) is not None
+        (told.load, ratio)
+        for told in values.told()
+        if (ratio := values.ratio(Place(memory, arm.name, told.load.name), told.metric)) is not None
         and not bounded_by_arrivals(values, ratio)
     ]
     percent = f"{values.record.confidence:.0%}"
     figures = [
         Figure(
             times(ratio.estimate, 2),
-            ("" if is_rate(metric) else "speed-up in ")
-            + f"{metric_title(metric)}, {load_title(load)}",
-            _in_short(ratio, percent),
+            ("" if is_rate(ratio.metric) else "speed-up in ")
+            + f"{metric_title(ratio.metric)}, {load_title(load)}",
+            _in_short(ratio, percent, arm),
             bad=arm.role == "pruned" and is_negative(ratio),
         )
         for load, ratio in found
@@ -147,7 +198,7 @@ def _finding(values: Values, arm: Arm) -> Finding:
         about = f"{arm.num_hidden_layers} of {dense.num_hidden_layers} layers"
     else:
         about = layers
-    sentence = f"{arm.name}: {_speed_sentence(found, metric, percent, arm)}"
+    sentence = f"{arm.name}: {_speed_sentence(found, percent, arm)}"
     if arm.role == "pruned":
         quality = values.quality_ratio(arm)
         if quality is not None:
@@ -163,23 +214,32 @@ def _finding(values: Values, arm: Arm) -> Finding:
     return Finding(arm.name, about, arm.role, tuple(figures), sentence)
 
 
-def _speed_sentence(found: list[tuple[Load, Ratio]], metric: str, percent: str, arm: Arm) -> str:
+def _speed_sentence(found: list[tuple[Load, Ratio]], percent: str, arm: Arm) -> str:
     """The speed-ups at the told loads as one sentence."""
     if not found:
         return "no speed-up was measured."
     parts = []
     for place, (load, ratio) in enumerate(found):
         if ratio.low is None or ratio.high is None:
-            span = "one block, no interval"
+            span = NO_INTERVAL
         else:
             lead = f"{percent} interval " if place == 0 else ""
             span = f"{lead}{ratio.low:.3f} to {ratio.high:.3f}"
         bound = "" if ratio.bound is None else f"; bound {ratio.bound:.3f}"
-        verdict = ""
-        if arm.role == "pruned" and is_negative(ratio):
-            verdict = ", no gain shown" if not is_unexplained(ratio) else ", unexplained"
-        parts.append(f"{times(ratio.estimate)} {load_phrase(load)} ({span}{bound}){verdict}")
-    return f"speed-up in {metric_title(metric)} " + " and ".join(parts) + "."
+        verdict = f", {found_wanting}" if (found_wanting := _wanting(ratio, arm)) else ""
+        # The metric is said once where it stays the same.
+        same = place > 0 and found[place - 1][1].metric == ratio.metric
+        about = "" if same else f"speed-up in {metric_title(ratio.metric)} "
+        figure = f"{about}{times(ratio.estimate)}"
+        parts.append(f"{figure} {load_phrase(load)} ({span}{bound}){verdict}")
+    return " and ".join(parts) + "."
+
+
+def _wanting(ratio: Ratio, arm: Arm) -> str:
+    """What an arm's speed-up fails at, in two words; empty where it does not."""
+    if arm.role != "pruned" or not is_negative(ratio):
+        return ""
+    return "unexplained" if is_unexplained(ratio) else "no gain shown"
 
 
 def _quality_sentence(values: Values, arm: Arm) -> str:
@@ -199,6 +259,11 @@ def _quality_sentence(values: Values, arm: Arm) -> str:
 
 def equal_memory_sentence(values: Values) -> str:
     """That room for the KV cache is no speed-up of the layers, with what it gave where measured."""
+    if values.record.backend == "transformers":
+        return (
+            "transformers keeps no KV cache of a set size: there are no blocks, and no room to "
+            "compare."
+        )
     text = (
         "Fewer layers leave more memory for the KV cache, so at equal GPU memory more requests "
         "can run at once. That gain belongs to memory. It is measured apart, at "
@@ -207,16 +272,27 @@ def equal_memory_sentence(values: Values) -> str:
     )
     if "equal-memory" not in values.memories:
         return f"{text} It was not measured here."
+    for load in values.loads:
+        gains = [
+            f"{times(ratio.estimate)} ({interval(ratio)}) for {arm.name}"
+            for arm in values.pruned
+            if (ratio := values.ratio(Place("equal-memory", arm.name, load.name), _GAIN))
+        ]
+        if gains:
+            text += f" At equal GPU memory, {load_phrase(load)}: {metric_title(_GAIN)} "
+            text += f"{_listed(gains)}, the gain of the layers included."
     return text
 
 
-def _in_short(ratio: Ratio, percent: str) -> str:
+def _in_short(ratio: Ratio, percent: str, arm: Arm) -> str:
     decimals = 3 if abs(ratio.estimate - 1) < 0.05 else 2
     if ratio.low is None or ratio.high is None:
-        span = "one block, no interval"
+        span = NO_INTERVAL
     else:
         span = f"{percent}: {ratio.low:.{decimals}f} to {ratio.high:.{decimals}f}"
-    return span + ("" if ratio.bound is None else f"; bound {ratio.bound:.2f}")
+    found_wanting = _wanting(ratio, arm)
+    span += "" if ratio.bound is None else f"; bound {ratio.bound:.2f}"
+    return f"{span}; {found_wanting}" if found_wanting else span
 
 
 def _listed(names: list[str]) -> str:

@@ -85,6 +85,12 @@ def _refuse_absurd(file: Path, record: ServeRecord) -> None:
     """UserError for figures that nothing measured."""
     figures = [pair for cell in record.cells for pair in cell.metrics.items()]
     for ratio in record.ratios:
+        if ratio.block_numbers and len(set(ratio.block_numbers)) != len(ratio.blocks):
+            raise UserError(
+                f"{file}: {ratio.arm}, {ratio.load}, {ratio.metric}: block_numbers "
+                f"{ratio.block_numbers} for {len(ratio.blocks)} blocks, expected one for each; "
+                "damaged?"
+            )
         numbers = (ratio.dense, ratio.pruned, ratio.estimate, ratio.low, ratio.high, ratio.bound)
         figures += [(ratio.metric, value) for value in numbers if value is not None]
     for metric, value in figures:

@@ -1,6 +1,6 @@
 """The report's figures of one record, and why those that cannot be drawn are not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from trsp.bench.report_canvas import (
@@ -9,13 +9,18 @@ from trsp.bench.report_canvas import (
     interval_bars,
     legend_below,
     new_figure,
-    panel_title,
 )
 from trsp.bench.report_curves import draw_depth, draw_open_loop, draw_pareto
 from trsp.bench.report_style import INK, MUTED, Plot, arm_looks, figure_style, name_in_figure
-from trsp.bench.report_values import Place, Values
-from trsp.bench.report_words import load_phrase, load_title, memory_sentence, metric_title
-from trsp.bench.serve_record import Ratio
+from trsp.bench.report_values import Place, Values, has_interval
+from trsp.bench.report_words import (
+    NO_INTERVAL,
+    load_phrase,
+    load_title,
+    memory_sentence,
+    metric_title,
+)
+from trsp.bench.serve_record import Load, Memory, Ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +73,16 @@ def draw_forest(values: Values) -> Plot:
     ]
     if not rows:
         raise CannotDraw("needs speed-ups over the dense model")
+    shown = {
+        row: [metric for metric in metrics if _ratio(values, memory, row, metric)] for row in rows
+    }
+    # Where each load has one metric alone, panels would be half empty.
+    alone = len(metrics) > 1 and all(len(found) == 1 for found in shown.values())
+    titles = [""] if alone else [name_in_figure(metric_title(metric)) for metric in metrics]
     figure, panels = new_figure(
         values,
-        len(metrics),
-        width=max(6.6, 2.2 + 3.2 * len(metrics)),
+        len(titles),
+        width=max(6.6, 2.2 + 3.2 * len(titles)),
         height=1.3 + 0.3 * len(rows),
         share_y=True,
     )
@@ -79,27 +90,31 @@ def draw_forest(values: Values) -> Plot:
     # A gap before each load, so that its arms are seen together.
     in_order = list(dict.fromkeys(load.name for load, _ in rows))
     heights = [place + 0.6 * in_order.index(load.name) for place, (load, _) in enumerate(rows)]
-    for axes, metric in zip(panels, metrics, strict=True):
+    lone = False
+    for panel, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         axes.axvline(1, color=INK, linewidth=1)
-        for height, (load, name) in zip(heights, rows, strict=True):
-            ratio = values.ratio(Place(memory, name, load.name), metric)
+        for height, row in zip(heights, rows, strict=True):
+            metric = shown[row][0] if alone else metrics[panel]
+            ratio = _ratio(values, memory, row, metric)
             if ratio is not None:
-                _forest_row(axes, height, ratio, looks[name])
-        axes.set_title(panel_title(metric))
+                _forest_row(axes, height, ratio, looks[row[1]])
+                lone = lone or not has_interval(ratio)
+        # A speed-up has no unit, whatever it is one of.
+        axes.set_title(title)
         axes.set_xlabel("speed-up")
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.1)
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(max(heights) + 0.8, min(heights) - 0.8)
-    labels = [f"{name_in_figure(name)}, {name_in_figure(load_title(load))}" for load, name in rows]
-    panels[0].set_yticks(heights, labels)
+    panels[0].set_yticks(heights, [_row_label(row, shown[row] if alone else ()) for row in rows])
     return Plot(
         "speedup",
         "Speed-up and its interval",
         "Right of the line at 1 is better than the dense model; a bar that touches the line shows "
         "no difference. The upright stroke is the bound: the most that bytes and operations "
         "allow. Grey is the dense model against itself, the noise floor. "
-        + memory_sentence(memory),
+        + (f"A hollow point without a bar: {NO_INTERVAL}. " if lone else "")
+        + memory_sentence(memory, values.record.backend),
         figure,
     )
 
@@ -107,15 +122,15 @@ def draw_forest(values: Values) -> Plot:
 def draw_quality(values: Values) -> Plot:
     """Speed-up against the perplexity's ratio to the dense one."""
     memory = first_memory(values)
-    loads = values.main_loads()
-    metric = values.main_metric()
+    told = next(iter(values.told()), None)
     points: list[tuple[str, float, Ratio, str]] = []
     for arm in values.pruned:
         quality = values.quality_ratio(arm)
-        ratio = values.ratio(Place(memory, arm.name, loads[0].name), metric) if loads else None
+        place = told and Place(memory, arm.name, told.load.name)
+        ratio = values.ratio(place, told.metric) if told and place else None
         if quality is not None and ratio is not None:
             points.append((arm.name, quality[1], ratio, quality[0].text))
-    if not points:
+    if told is None or not points:
         raise CannotDraw(
             "needs a speed-up of a pruned model and its perplexity, measured as the dense one's"
         )
@@ -139,16 +154,36 @@ def draw_quality(values: Values) -> Plot:
         )
     texts = dict.fromkeys(text for *_, text in points)
     axes.set_xlabel(f"perplexity beside the dense model's ({name_in_figure(', '.join(texts))})")
-    axes.set_ylabel(f"speed-up in {name_in_figure(metric_title(metric))}")
+    axes.set_ylabel(f"speed-up in {name_in_figure(metric_title(told.metric))}")
     axes.margins(0.12)
     legend_below(figure, axes)
     return Plot(
         "quality",
         "Speed against quality",
-        "Up is faster, right is worse text: at 1 the perplexity is the dense model's. The bars are "
-        f"the intervals of the speed-up {load_phrase(loads[0])}. {memory_sentence(memory)}",
+        "Up is faster, right is worse text: at 1 the perplexity is the dense model's. "
+        + _bars_sentence([ratio for *_, ratio, _ in points], load_phrase(told.load))
+        + memory_sentence(memory, values.record.backend),
         figure,
     )
+
+
+def _ratio(values: Values, memory: Memory, row: tuple[Load, str], metric: str) -> Ratio | None:
+    return values.ratio(Place(memory, row[1], row[0].name), metric)
+
+
+def _row_label(row: tuple[Load, str], metrics: Sequence[str]) -> str:
+    """Arm and load, or arm and the metric that stands for the load."""
+    load, name = row
+    about = metric_title(metrics[0]) if metrics else load_title(load)
+    return f"{name_in_figure(name)}, {name_in_figure(about)}"
+
+
+def _bars_sentence(ratios: list[Ratio], load: str) -> str:
+    lone = sum(not has_interval(ratio) for ratio in ratios)
+    if lone == len(ratios):
+        return f"The speed-up is {load}; {NO_INTERVAL}. "
+    text = f"The bars are the intervals of the speed-up {load}"
+    return f"{text}; a point without a bar is of {NO_INTERVAL}. " if lone else f"{text}. "
 
 
 def _forest_row(axes: "Axes", height: float, ratio: Ratio, look: tuple[str, str]) -> None:

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from trsp.bench.report_table import Column, Group, Row, Table, merged
-from trsp.bench.report_values import Values, excludes_one, is_negative, is_unexplained
+from trsp.bench.report_values import (
+    Values,
+    blocks_of,
+    excludes_one,
+    has_interval,
+    is_negative,
+    is_unexplained,
+)
 from trsp.bench.report_words import (
     DASH,
     MEMORY_TITLES,
@@ -12,6 +19,7 @@ from trsp.bench.report_words import (
     metric_unit,
     number,
     times,
+    told_verdict,
 )
 from trsp.bench.serve_record import Ratio
 
@@ -47,8 +55,9 @@ def speed_table(values: Values) -> Table:
             groups.append(Group(title, _speed_rows(values, chosen)))
     return Table(
         f"Speed-up over the dense model. Above 1 the arm is better. {values.record.confidence:.0%} "
-        f"interval over {values.record.num_blocks} blocks; the bound is the most that bytes and "
-        "operations allow, the possible gain is what it is above 1",
+        f"interval over each speed-up's valid blocks, {values.record.num_blocks} where all are; "
+        "the bound is the most that bytes and operations allow, the possible gain is what it is "
+        "above 1",
         COLUMNS,
         tuple(group for group in groups if group.rows),
     )
@@ -77,9 +86,32 @@ def negative_table(values: Values) -> Table:
     )
 
 
+def negative_sentence(values: Values) -> str:
+    """What stands where no speed-up failed to show; it claims no more than the intervals do."""
+    if not values.ratios:
+        return "No speed-up was measured."
+    if values.record.invalid:
+        return "Nothing is claimed: the experiment is invalid."
+    pruned = [ratio for ratio in values.ratios if ratio.arm not in values.controls]
+    judged = [ratio for ratio in pruned if has_interval(ratio)]
+    if not judged:
+        return "Nothing is claimed: one block, no interval."
+    capped = any(bounded_by_arrivals(values, ratio) for ratio in judged)
+    text = "None: every speed-up's interval lies above 1, and none is unexplained."
+    if capped:
+        text = (
+            "None: every speed-up's interval lies above 1, save where arrivals set the pace, and "
+            "none is unexplained."
+        )
+    if len(judged) < len(pruned):
+        without = len(pruned) - len(judged)
+        text += f" {without} of {len(pruned)} rest on one block, no interval, and are not judged."
+    return text
+
+
 def blocks_table(values: Values) -> Table:
     """Every ratio of the record with the speed-up of each of its blocks."""
-    num_blocks = max((len(ratio.blocks) for ratio in values.ratios), default=0)
+    numbers = values.block_numbers()
     groups = []
     for arm in values.arms:
         for memory in values.memories:
@@ -91,14 +123,15 @@ def blocks_table(values: Values) -> Table:
                         times(ratio.estimate),
                         interval(ratio),
                         times(ratio.bound),
-                        *(times(block) for block in ratio.blocks),
-                        *([DASH] * (num_blocks - len(ratio.blocks))),
-                        ratio.verdict,
+                        str(len(by_number)),
+                        *(times(by_number.get(block)) for block in numbers),
+                        told_verdict(ratio),
                     ),
                     _kind(values, ratio),
                 )
                 for ratio in values.ratios
                 if (ratio.arm, ratio.memory) == (arm.name, memory)
+                for by_number in [blocks_of(ratio)]
             ]
             if rows:
                 title = f"{arm.name}, {MEMORY_TITLES[memory]}"
@@ -106,11 +139,15 @@ def blocks_table(values: Values) -> Table:
     columns = (
         Column("load", words=True),
         Column("metric", short=True),
-        *(Column(title) for title in ("speed-up", "interval", "bound")),
-        *(Column(str(block + 1), group="speed-up of block") for block in range(num_blocks)),
+        *(Column(title) for title in ("speed-up", "interval", "bound", "blocks")),
+        *(Column(str(block + 1), group="speed-up of block") for block in numbers),
         Column("verdict", words=True),
     )
-    return Table("Every speed-up, block by block", columns, tuple(groups))
+    caption = (
+        "Every speed-up, block by block: each speed-up's valid blocks, a dash where a block does "
+        "not count for it"
+    )
+    return Table(caption, columns, tuple(groups))
 
 
 def bounded_by_arrivals(values: Values, ratio: Ratio) -> bool:
@@ -134,7 +171,7 @@ def _speed_rows(values: Values, ratios: Sequence[Ratio]) -> tuple[Row, ...]:
                 interval(ratio),
                 times(ratio.bound),
                 DASH if ratio.achieved_over_bound is None else f"{ratio.achieved_over_bound:.0%}",
-                ratio.verdict,
+                told_verdict(ratio),
             ),
             _kind(values, ratio),
         )
@@ -146,8 +183,8 @@ def _kind(values: Values, ratio: Ratio) -> str:
     if ratio.arm in values.controls:
         return "negative" if excludes_one(ratio) else "control"
     if bounded_by_arrivals(values, ratio):
-        most = ratio.estimate if ratio.high is None else ratio.high
-        return "negative" if most < 1 or is_unexplained(ratio) else ""
+        slower = ratio.high is not None and (ratio.high < 1 or is_unexplained(ratio))
+        return "negative" if slower else ""
     return "negative" if is_negative(ratio) else ""
 
 

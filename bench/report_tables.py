@@ -17,8 +17,13 @@ from trsp.bench.report_words import (
 from trsp.bench.serve_record import Arm, Load, Memory
 from trsp.pruner.durable import format_bytes
 
+NOT_SAID = "not said"
 TOO_FEW = f"n<{MIN_REQUESTS_FOR_P99}"
 _LATENCY_GROUPS = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E"))
+_OVER = (
+    "geometric mean over the cells that count, those of blocks in which the arm and the dense one "
+    "are valid"
+)
 _STATISTICS = ("mean", "median", "p90", "p99")
 
 
@@ -32,13 +37,13 @@ def quality_table(values: Values) -> Table:
             for quality in arm.quality
         )
     )
-    metric = values.main_metric()
+    told = values.told()
     columns = [
         Column("arm", words=True),
         Column("layers"),
         Column("parameters"),
         Column("on disk"),
-        Column("weights in memory"),
+        Column("weights, computed"),
         Column("KV bytes per token"),
         Column("KV tokens"),
         Column("load time"),
@@ -48,8 +53,8 @@ def quality_table(values: Values) -> Table:
             for title in ("value", "beside dense")
         ),
         *(
-            Column(load_title(load), group=f"speed-up in {metric_title(metric)}")
-            for load in values.main_loads()
+            Column(load_title(one.load), group=f"speed-up in {metric_title(one.metric)}")
+            for one in told
         ),
     ]
     rows = []
@@ -68,8 +73,9 @@ def quality_table(values: Values) -> Table:
         ]
         for text in texts:
             cells += _perplexity(values, arm, text)
-        for load in values.main_loads():
-            ratio = values.ratio(Place(told_memory(values), arm.name, load.name), metric)
+        for one in told:
+            place = Place(told_memory(values), arm.name, one.load.name)
+            ratio = values.ratio(place, one.metric)
             cells.append(DASH if ratio is None else times(ratio.estimate))
         rows.append(Row(tuple(cells), arm.role))
     return Table(
@@ -93,7 +99,7 @@ def latency_table(values: Values, memory: Memory) -> Table:
         ]
 
     groups = _by_load(values, memory, figures)
-    caption = f"Latency at {MEMORY_TITLES[memory]}: geometric mean over the valid cells"
+    caption = f"Latency at {MEMORY_TITLES[memory]}: {_OVER}"
     return Table(caption, tuple(columns), groups)
 
 
@@ -112,12 +118,12 @@ def throughput_table(values: Values, memory: Memory) -> Table:
         return [
             *(number(values.value(place, metric), 4) for metric in metrics),
             number(sum(cell.completed for cell in found)),
-            number(sum(cell.failed for cell in found)),
+            number(sum(cell.failed for cell in values.all_cells(place))),
             _range([cell.client_cpu_share for cell in found], digits=2),
             _range([cell.num_preemptions for cell in found]),
         ]
 
-    tail = ("requests done", "failed", "client CPU, cores", "preemptions")
+    tail = ("requests done", "failed in all cells", "client CPU, cores", "preemptions")
     columns = [Column("arm", words=True), Column("cells"), *(Column(t) for t in (*titles, *tail))]
     workload = values.record.workload
     caption = (
@@ -127,10 +133,19 @@ def throughput_table(values: Values, memory: Memory) -> Table:
     return Table(caption, tuple(columns), _by_load(values, memory, cells))
 
 
-def offline_table(values: Values, memory: Memory) -> Table:
-    """Every metric of a backend without a server, by arm."""
-    metrics = list(dict.fromkeys(name for cell in values.record.cells for name in cell.metrics))
+def offline_tables(values: Values, memory: Memory) -> list[Table]:
+    """Every metric of a backend without a server, by arm; a table for loads of the same metrics."""
+    by_metrics: dict[tuple[str, ...], list[Load]] = {}
+    for load in values.loads:
+        cells = [cell for cell in values.record.cells if cell.load == load.name]
+        metrics = tuple(dict.fromkeys(name for cell in cells for name in cell.metrics))
+        by_metrics.setdefault(metrics, []).append(load)
+    return [_offline_table(values, memory, metrics, loads) for metrics, loads in by_metrics.items()]
 
+
+def _offline_table(
+    values: Values, memory: Memory, metrics: Sequence[str], loads: Sequence[Load]
+) -> Table:
     def figures(place: Place, load: Load) -> list[str]:
         return [_figure(values, place, load, metric) for metric in metrics]
 
@@ -139,8 +154,8 @@ def offline_table(values: Values, memory: Memory) -> Table:
         for metric in metrics
     ]
     columns = [Column("arm", words=True), Column("cells"), *(Column(title) for title in titles)]
-    caption = f"What was measured at {MEMORY_TITLES[memory]}: geometric mean over the valid cells"
-    return Table(caption, tuple(columns), _by_load(values, memory, figures))
+    caption = f"{', '.join(map(load_title, loads))}: {_OVER}"
+    return Table(caption, tuple(columns), _by_load(values, memory, figures, loads))
 
 
 def memory_table(values: Values) -> Table:
@@ -162,7 +177,7 @@ def memory_table(values: Values) -> Table:
             cells = (
                 MEMORY_TITLES[memory],
                 arm.name,
-                _range([start.weights_gib for start in starts], unit=" GiB"),
+                _range([start.weights_gib for start in starts], unit=" GiB", missing=NOT_SAID),
                 _range([start.num_kv_blocks for start in starts]),
                 _range([start.kv_cache_tokens for start in starts]),
                 share,
@@ -183,15 +198,18 @@ def memory_table(values: Values) -> Table:
 
 
 def _by_load(
-    values: Values, memory: Memory, figures: Callable[[Place, Load], list[str]]
+    values: Values,
+    memory: Memory,
+    figures: Callable[[Place, Load], list[str]],
+    loads: Sequence[Load] | None = None,
 ) -> tuple[Group, ...]:
-    """A group of rows per load: each arm's valid cells of all, then its figures."""
+    """A group of rows per load: each arm's cells that count of all, then its figures."""
     groups = []
-    for load in values.loads:
+    for load in values.loads if loads is None else loads:
         rows = []
         for arm in values.arms:
             place = Place(memory, arm.name, load.name)
-            num_all = values.num_cells(place)
+            num_all = len(values.all_cells(place))
             if num_all:
                 valid = f"{len(values.cells(place))} of {num_all}"
                 rows.append(Row((arm.name, valid, *figures(place, load)), arm.role))
@@ -218,11 +236,13 @@ def _perplexity(values: Values, arm: Arm, text: str) -> tuple[str, str]:
     return DASH, DASH
 
 
-def _range(found: Sequence[float | None], *, digits: int = 3, unit: str = "") -> str:
-    """The least and the most of figures, or the one they all are; a dash where one is missing."""
+def _range(
+    found: Sequence[float | None], *, digits: int = 3, unit: str = "", missing: str = DASH
+) -> str:
+    """The least and the most of figures, or the one they all are; `missing` where one is."""
     known = [value for value in found if value is not None]
     if not known or len(known) < len(found):
-        return DASH
+        return missing
     ends = dict.fromkeys(number(value, digits) for value in (min(known), max(known)))
     return " to ".join(ends) + unit
 

@@ -1,12 +1,15 @@
 """The report's tables of what was not as it should be, and of what everything ran on."""
 
-from collections import Counter
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from trsp.bench.report_table import Column, Row, Table, merged, one_group
 from trsp.bench.report_values import Values
 from trsp.bench.report_words import DASH, MEMORY_TITLES
+
+# A count at the head of a note.
+_AMOUNT = re.compile(r"[0-9]{1,12}(?= )")
 
 
 def invalid_table(values: Values) -> Table:
@@ -40,11 +43,28 @@ def config_table(values: Values) -> Table:
 
 
 def remarks(values: Values) -> list[str]:
-    """Notes of measurements that count all the same, each with how many carry it."""
-    found = Counter(note for cell in values.record.cells for note in cell.notes)
+    """Notes of measurements that count all the same, each with how many carry it.
+
+    Notes that differ in the number they begin with alone are one line: "13 to 33 preemptions".
+    """
+    found: dict[str, list[str]] = {}
+    for cell in values.record.cells:
+        for note in cell.notes if not cell.invalid else []:
+            amount = _AMOUNT.match(note)
+            text = note[amount.end() :] if amount else note
+            found.setdefault(text, []).append(amount[0] if amount else "")
     return [
-        f"{note} ({count} measurement{'' if count == 1 else 's'})" for note, count in found.items()
+        f"{_ends(amounts)}{text} ({len(amounts)} measurement{'' if len(amounts) == 1 else 's'})"
+        for text, amounts in found.items()
     ]
+
+
+def _ends(amounts: list[str]) -> str:
+    """The least and the most of numbers as they were written; empty where there are none."""
+    known = sorted((amount for amount in amounts if amount), key=int)
+    if not known:
+        return ""
+    return known[0] if int(known[0]) == int(known[-1]) else f"{known[0]} to {known[-1]}"
 
 
 def environment_table(values: Values) -> Table:
@@ -97,4 +117,4 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
         for place, inner in enumerate(value):
             yield from _flat(inner, f"{name}.{place}")
     else:
-        yield name, "none" if value is None else str(value)
+        yield name, "none" if value in (None, {}, []) else str(value)

@@ -1,9 +1,12 @@
 """What the report reads from one record: arms and loads in order, figures of an arm under a load.
 
-A figure is the geometric mean over the valid cells (both halves of every block), as the speed-ups
-are; a block's is over its own. Where a cell has 0, it is the plain mean.
+A figure is the geometric mean over the cells that count (both halves of every block in which the
+arm and the dense one are valid), as the speed-ups are; a block's is over its own. Where a cell has
+0, it is the plain mean.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, geometric_mean
@@ -13,14 +16,18 @@ from trsp.bench.serve_record import Arm, Backend, Cell, Load, Memory, Quality, R
 
 # Fewer requests put fewer than ten beyond the 99th percentile.
 MIN_REQUESTS_FOR_P99 = 1000
+# Every arm is measured so often in a block.
+HALVES = 2
 _ROLES = ("dense", "control", "pruned")
 # The first that a record has ratios for is the one its result is told by.
 _MAIN_METRICS: dict[Backend, tuple[str, ...]] = {
     "serve": ("output_throughput", "request_throughput", "median_tpot_ms", "median_e2el_ms"),
     "latency": ("avg_latency_ms", "p50_latency_ms"),
     "throughput": ("tokens_per_second", "requests_per_second"),
-    "transformers": ("generation_throughput", "generation_latency_s"),
-}
+    "transformers": (
+        "generation_throughput", "prompt_throughput", "generation_latency_s", "prompt_latency_s",
+    ),
+}  # fmt: skip
 # What the table of speed-ups shows outside the details, by backend and kind of load.
 _TOLD: dict[tuple[Backend, str], tuple[str, ...]] = {
     ("serve", "closed"): (
@@ -31,6 +38,14 @@ _TOLD: dict[tuple[Backend, str], tuple[str, ...]] = {
     ("throughput", "batch"): ("tokens_per_second", "requests_per_second"),
     ("transformers", "batch"): ("generation_throughput", "prompt_throughput"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the result is told by: a load, and the metric that tells most of it."""
+
+    load: Load
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,27 @@ class Values:
         for cell in record.cells:
             place = Place(cell.memory, cell.arm, cell.load)
             self._all_cells.setdefault(place, []).append(cell)
+        whole = {place: _whole_blocks(cells) for place, cells in self._all_cells.items()}
+        self._blocks = {place: blocks & self._beside(place, whole) for place, blocks in
+                        whole.items()}  # fmt: skip
         self._cells = {
-            place: [cell for cell in cells if not cell.invalid]
+            place: [cell for cell in cells if cell.block in self._blocks[place]]
             for place, cells in self._all_cells.items()
         }
+
+    def _beside(self, place: Place, whole: dict[Place, set[int]]) -> set[int]:
+        """Blocks in which what a place is compared with is valid: dense, or any arm for dense."""
+        dense = self.dense
+        if dense is None:
+            return whole[place]
+        if place.arm != dense.name:
+            return whole.get(Place(place.memory, dense.name, place.load), set())
+        others = (
+            whole.get(Place(place.memory, arm.name, place.load), set())
+            for arm in self.arms
+            if arm.name != dense.name
+        )
+        return set().union(*others)
 
     @property
     def dense(self) -> Arm | None:
@@ -78,12 +110,23 @@ class Values:
         return {arm.name for arm in self.arms if arm.role == "control"}
 
     def cells(self, place: Place) -> list[Cell]:
-        """The valid cells of a place."""
+        """The cells of a place that count."""
         return self._cells.get(place, [])
 
-    def num_cells(self, place: Place) -> int:
-        """How many cells a place has, with those that do not count."""
-        return len(self._all_cells.get(place, []))
+    def blocks(self, place: Place) -> set[int]:
+        """The blocks of a place that count, 0 first."""
+        return self._blocks.get(place, set())
+
+    def block_numbers(self) -> list[int]:
+        """Every block that was measured or that a speed-up has, in order."""
+        found = {cell.block for cell in self.record.cells}
+        for ratio in self.record.ratios:
+            found |= blocks_of(ratio).keys()
+        return sorted(found)
+
+    def all_cells(self, place: Place) -> list[Cell]:
+        """The cells of a place with those that do not count."""
+        return self._all_cells.get(place, [])
 
     def load(self, name: str) -> Load | None:
         """The load of this name."""
@@ -95,7 +138,7 @@ class Values:
         return name if load is None else load_title(load)
 
     def value(self, place: Place, metric: str) -> float | None:
-        """The figure of a place; None where nothing valid was measured."""
+        """The figure of a place; None where nothing that counts was measured."""
         return _mean(self.cells(place), metric)
 
     def by_block(self, place: Place, metric: str) -> list[float]:
@@ -117,21 +160,34 @@ class Values:
         return None
 
     def loads_of(self, *kinds: str) -> list[Load]:
-        """Loads of these kinds, least concurrency (or share) first."""
+        """Loads of these kinds, least concurrency (or share) first, without a limit last."""
         chosen = [load for load in self.loads if load.kind in kinds]
-        return sorted(chosen, key=lambda load: load.concurrency or load.share or 0.0)
+        return sorted(chosen, key=lambda load: load.concurrency or load.share or math.inf)
 
     def main_loads(self) -> list[Load]:
         """The loads the result is told at: most concurrency first, then least; one if only one."""
-        loads = self.loads_of("closed", "batch") or self.loads_of("open")
-        return [loads[-1], loads[0]] if len(loads) > 1 else loads
+        memory = told_memory(self)
+        measured = {place.load for place in self._all_cells if place.memory == memory}
+        for kinds in (("closed", "batch"), ("open",)):
+            loads = [load for load in self.loads_of(*kinds) if load.name in measured]
+            if loads:
+                return [loads[-1], loads[0]] if len(loads) > 1 else loads
+        return []
 
-    def main_metric(self) -> str:
-        """The metric the result is told by."""
+    def told(self) -> list[Told]:
+        """The loads the result is told at, each with the metric that it is told by."""
+        return [Told(load, self._told_metric(load)) for load in self.main_loads()]
+
+    def _told_metric(self, load: Load) -> str:
         metrics = _MAIN_METRICS[self.record.backend]
-        measured = {ratio.metric for ratio in self.ratios}
-        measured |= {metric for cell in self.record.cells for metric in cell.metrics}
-        return next((metric for metric in metrics if metric in measured), metrics[0])
+        compared = {ratio.metric for ratio in self.ratios if ratio.load == load.name}
+        measured = {name for cell in self.record.cells if cell.load == load.name
+                    for name in cell.metrics}  # fmt: skip
+        for found in (compared, measured):
+            for metric in metrics:
+                if metric in found:
+                    return metric
+        return metrics[0]
 
     def is_told(self, ratio: Ratio) -> bool:
         """Whether a speed-up is shown outside the details; all are where a load is unusual."""
@@ -160,6 +216,12 @@ class Values:
         return None
 
 
+def _whole_blocks(cells: Iterable[Cell]) -> set[int]:
+    """Blocks with both halves valid, as a speed-up needs them."""
+    halves = Counter(cell.block for cell in cells if not cell.invalid)
+    return {block for block, count in halves.items() if count == HALVES}
+
+
 def _mean(cells: Iterable[Cell], metric: str) -> float | None:
     found = [cell.metrics[metric] for cell in cells if metric in cell.metrics]
     if not found:
@@ -177,10 +239,29 @@ def is_unexplained(ratio: Ratio) -> bool:
     return "unexplained" in ratio.verdict.lower()
 
 
+def has_interval(ratio: Ratio) -> bool:
+    """Whether anything can be claimed of a speed-up: one block has no interval."""
+    return ratio.low is not None and ratio.high is not None
+
+
+def blocks_of(ratio: Ratio) -> dict[int, float]:
+    """The speed-up of each block that counts, by the block's number, 0 first.
+
+    Raises:
+        ValueError: as many numbers as blocks are expected, or none in a record from before them.
+    """
+    numbers = ratio.block_numbers or range(len(ratio.blocks))
+    return dict(zip(numbers, ratio.blocks, strict=True))
+
+
 def is_negative(ratio: Ratio) -> bool:
-    """Whether a speed-up failed to show: its interval contains or lies below 1, or unexplained."""
-    least = ratio.estimate if ratio.low is None else ratio.low
-    return least <= 1 or is_unexplained(ratio)
+    """Whether a speed-up failed to show: its interval contains or lies below 1, or unexplained.
+
+    Without an interval nothing is claimed.
+    """
+    if ratio.low is None or ratio.high is None:
+        return False
+    return ratio.low <= 1 or is_unexplained(ratio)
 
 
 def excludes_one(ratio: Ratio) -> bool:

@@ -7,6 +7,7 @@ from trsp.bench.serve_record import Backend, Load, Memory, Ratio
 
 TIMES = "\u00d7"
 DASH = "\u2013"
+NO_INTERVAL = "one block, no interval"
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E latency"}
 _METRICS = {
     "request_throughput": ("requests/s", "1/s"),
@@ -62,7 +63,14 @@ def load_title(load: Load) -> str:
         return f"{load.concurrency} in flight"
     if load.kind == "open" and load.share is not None:
         return f"open loop, {load.share:.0%} of dense capacity"
+    if is_batch(load):
+        return f"batch of {load.concurrency}"
     return load.name
+
+
+def is_batch(load: Load) -> bool:
+    """Whether a load is one batch of a size and no more: its name says nothing else."""
+    return load.kind == "batch" and load.name == f"batch {load.concurrency}"
 
 
 def load_phrase(load: Load) -> str:
@@ -71,11 +79,15 @@ def load_phrase(load: Load) -> str:
         return f"with {load.concurrency} request{'' if load.concurrency == 1 else 's'} in flight"
     if load.kind == "open" and load.share is not None:
         return f"at {load.share:.0%} of the dense model's capacity"
+    if is_batch(load):
+        return f"in batches of {load.concurrency}"
     return f"under the load \u201c{load.name}\u201d"
 
 
-def memory_sentence(memory: Memory) -> str:
-    """What every caption of a figure ends with."""
+def memory_sentence(memory: Memory, backend: Backend) -> str:
+    """What every caption of a figure ends with; transformers has no KV cache of a set size."""
+    if backend == "transformers":
+        return "Measured with the KV cache that each batch needs."
     return f"Measured at {MEMORY_TITLES[memory]}."
 
 
@@ -85,7 +97,9 @@ def number(value: float | None, digits: int = 3) -> str:
         return DASH
     if value == 0 or isinstance(value, int):
         return f"{value:,.0f}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    # 999.96 with four digits is 1,000, not 1,000.0.
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:,.{min(decimals, 6)}f}"
 
 
@@ -97,8 +111,13 @@ def times(value: float | None, decimals: int = 3) -> str:
 def interval(ratio: Ratio, decimals: int = 3) -> str:
     """The interval of a ratio, or why there is none."""
     if ratio.low is None or ratio.high is None:
-        return "none: one block"
+        return NO_INTERVAL
     return f"{ratio.low:.{decimals}f} to {ratio.high:.{decimals}f}"
+
+
+def told_verdict(ratio: Ratio) -> str:
+    """The verdict of a speed-up; of one block there is none."""
+    return NO_INTERVAL if ratio.low is None or ratio.high is None else ratio.verdict
 
 
 def billions(count: int) -> str:

@@ -1,11 +1,14 @@
 """Synthetic speed records with figures such as a 32-layer 8B model gives; no engine needed.
 
-The time of a step is a fixed part and a part per layer; noise is seeded, so equal calls are equal.
+Loads, metrics and starts are those that each backend writes. The time of a step is a fixed part and
+a part per layer; noise is seeded, so equal calls are equal.
 """
 
 import math
 import random
-from statistics import fmean
+from collections import Counter
+from collections.abc import Collection
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from trsp.bench.serve_record import (
@@ -37,12 +40,25 @@ PROTOCOL = {
 GIB = 2**30
 OUTPUT_LEN = 128
 INPUT_LEN = 512
+ALL_AT_ONCE = "all at once"
+NUM_ITERATIONS = 30
+BATCH_SIZE = 64
 
 
 def build(
-    backend: Backend = "serve", *, seed: int = 0, num_blocks: int = 5, **changes: Any
+    backend: Backend = "serve",
+    *,
+    seed: int = 0,
+    num_blocks: int = 5,
+    lost: Collection[tuple[str, str, int]] = (),
+    **changes: Any,
 ) -> ServeRecord:
-    """A record of `backend`, fields replaced by `changes`."""
+    """A record of `backend`, fields replaced by `changes`.
+
+    Args:
+        lost: arm, load and block of measurements whose first half does not count; its figures are
+            ten times as large, so that nobody takes them by mistake and is not found out.
+    """
     noise = random.Random(seed)
     loads = _loads(backend)
     memories: list[Memory] = ["equal-kv", "equal-memory"] if backend == "serve" else ["equal-kv"]
@@ -51,7 +67,22 @@ def build(
         for memory in memories
         for block in range(num_blocks)
         for position, (name, layers, _) in enumerate([*ARMS, *reversed(ARMS)])
-        for load in (loads if memory == "equal-kv" else [loads[2]])
+        for load in loads
+        if (load.name == ALL_AT_ONCE) == (memory == "equal-memory")
+    ]
+    cells = [
+        _spoilt(cell)
+        if (cell.arm, cell.load, cell.block) in lost and cell.position < len(ARMS)
+        else cell
+        for cell in cells
+    ]
+    # A server or a model in this process stays up; an offline engine starts for each measurement.
+    starts = [
+        _start(backend, memory, name, block, layers)
+        for memory in memories
+        for block in range(num_blocks)
+        for name, layers, _ in ARMS
+        for _ in (range(2 * len(loads)) if backend in ("latency", "throughput") else range(1))
     ]
     document: dict[str, Any] = {
         "backend": backend,
@@ -67,8 +98,7 @@ def build(
             ttft_slo_ms=2000.0, tpot_slo_ms=100.0,
         ),
         "memories": memories,
-        "starts": [_start(memory, name, block, layers) for memory in memories
-                   for block in range(num_blocks) for name, layers, _ in ARMS],
+        "starts": starts,
         "cells": cells,
         "ratios": list(_ratios(cells)),
         "invalid": [],
@@ -81,6 +111,7 @@ def build(
             "time": "2026-11-24T03:00:00+00:00", "commit": "b1274da", "python": "3.11.7",
             "gpu": {"name": "NVIDIA H200", "cuda": "13.0"},
             "versions": {"trsp": "0.1.0", "vllm": "0.32.0"},
+            "engine_variables": {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
         },
     }  # fmt: skip
     return ServeRecord.model_validate({**document, **changes})
@@ -128,8 +159,18 @@ def build_hostile() -> dict[str, Any]:
 
 
 def _loads(backend: Backend) -> list[Load]:
-    if backend != "serve":
-        return [Load(name="batch 8", kind="batch", concurrency=8, num_requests=8)]
+    if backend == "transformers":
+        return [
+            Load(name="prompt", kind="batch", concurrency=1, num_requests=5),
+            Load(name="generation", kind="batch", concurrency=BATCH_SIZE, num_requests=BATCH_SIZE),
+        ]
+    if backend == "latency":
+        return [
+            Load(name=f"batch {c}", kind="batch", concurrency=c, num_requests=c * NUM_ITERATIONS)
+            for c in (1, 4, 16)
+        ]
+    if backend == "throughput":
+        return [Load(name="200 prompts", kind="batch", num_requests=200)]
     closed = [
         Load(
             name=f"closed {c}", kind="closed", concurrency=c, num_requests=1000 if c == 16 else 200
@@ -146,7 +187,7 @@ def _loads(backend: Backend) -> list[Load]:
         )
         for share in (0.3, 0.5, 0.7, 0.9)
     ]
-    return closed + opened
+    return [*closed, *opened, Load(name=ALL_AT_ONCE, kind="closed", num_requests=400)]
 
 
 def _arm(name: str, layers: int, perplexity: float) -> Arm:
@@ -170,13 +211,28 @@ def _arm(name: str, layers: int, perplexity: float) -> Arm:
     )  # fmt: skip
 
 
-def _start(memory: Memory, arm: str, block: int, layers: int) -> Start:
+def _start(backend: Backend, memory: Memory, arm: str, block: int, layers: int) -> Start:
     tokens = 400_000 if memory == "equal-kv" else int(400_000 * (32 / layers) ** 1.1)
+    if backend == "transformers":
+        return Start(
+            arm=arm,
+            memory=memory,
+            block=block,
+            command=f"transformers, models/{arm}, cuda",
+            load_seconds=layers * 0.1 + block * 0.01,
+            weights_gib=(1.05 + layers * 0.218) * 2e9 / GIB,
+            kv_cache_tokens=None,
+            num_kv_blocks=None,
+            engine_config={},
+        )
+    command = "-m vllm.entrypoints.openai.api_server"
+    if backend != "serve":
+        command = f"-m trsp.bench.offline_program {backend} {arm}.json"
     return Start(
         arm=arm,
         memory=memory,
         block=block,
-        command=f"python -P -m vllm.entrypoints.openai.api_server --model models/{arm}",
+        command=f"HF_HUB_OFFLINE=1 python -P {command} --model models/{arm}",
         load_seconds=20 + layers * 0.6 + block * 0.1,
         weights_gib=round((1.05 + layers * 0.218) * 2e9 / GIB, 2),
         kv_cache_tokens=tokens,
@@ -191,7 +247,7 @@ def _cell(
     noise: random.Random,
 ) -> Cell:  # fmt: skip
     jitter = math.exp(noise.gauss(0, 0.008))
-    in_flight = load.concurrency or 12 * (load.share or 1)
+    in_flight = load.concurrency or (12 * load.share if load.share else 64)
     tpot = (1.1 + layers * 0.19 * (1 + 0.018 * in_flight)) * jitter
     ttft = (9 + layers * 0.9 * (1 + 0.2 * in_flight)) * jitter
     if load.share:
@@ -210,23 +266,29 @@ def _cell(
         started_at=f"2026-11-24T03:{block:02d}:{position:02d}+00:00",
         completed=load.num_requests,
         failed=0,
-        total_input_tokens=load.num_requests * INPUT_LEN,
-        total_output_tokens=load.num_requests * OUTPUT_LEN,
-        metrics=_metrics(backend, ttft, tpot, latency, requests),
-        prompts_sha256="5f" * 32,
-        client_cpu_share=0.21,
-        prefix_cache_hits=0,
-        num_preemptions=0,
+        total_input_tokens=load.num_requests * (2048 if load.name == "prompt" else INPUT_LEN),
+        total_output_tokens=0 if load.name == "prompt" else load.num_requests * OUTPUT_LEN,
+        metrics=_metrics(backend, load, ttft, tpot, latency, requests),
+        prompts_sha256=None if backend == "transformers" else "5f" * 32,
+        client_cpu_share=0.21 if backend == "serve" else None,
+        prefix_cache_hits=0 if backend == "serve" else None,
+        num_preemptions=0 if backend == "serve" else None,
         notes=[],
         invalid=[],
     )
 
 
+def _spoilt(cell: Cell) -> Cell:
+    metrics = {name: value * 10 for name, value in cell.metrics.items()}
+    return cell.model_copy(update={"metrics": metrics, "invalid": ["the client was too slow"]})
+
+
 def _metrics(
-    backend: Backend, ttft: float, tpot: float, latency: float, requests: float
+    backend: Backend, load: Load, ttft: float, tpot: float, latency: float, requests: float
 ) -> dict[str, float]:
     if backend == "latency":
-        shape = {10: 0.98, 25: 0.99, 50: 1.0, 75: 1.01, 90: 1.03, 99: 1.08}
+        # No 99th percentile of fewer than 1,000 iterations.
+        shape = {10: 0.98, 25: 0.99, 50: 1.0, 75: 1.01, 90: 1.03}
         found = {f"p{p}_latency_ms": latency * factor for p, factor in shape.items()}
         return {"avg_latency_ms": latency, **found}
     if backend == "throughput":
@@ -234,12 +296,12 @@ def _metrics(
             "requests_per_second": requests,
             "tokens_per_second": requests * (INPUT_LEN + OUTPUT_LEN),
         }
+    if backend == "transformers" and load.name == "prompt":
+        return {"prompt_latency_s": ttft / 1e3, "prompt_throughput": 2048 / ttft * 1e3}
     if backend == "transformers":
         return {
-            "prompt_latency_s": ttft / 1e3,
-            "prompt_throughput": 8 * INPUT_LEN / ttft * 1e3,
             "generation_latency_s": latency / 400,
-            "generation_throughput": 8 * OUTPUT_LEN / latency * 400,
+            "generation_throughput": BATCH_SIZE * OUTPUT_LEN / latency * 400,
         }
     found = {
         "request_throughput": requests,
@@ -251,22 +313,35 @@ def _metrics(
     for name, value in figures.items():
         for statistic, factor in (("mean", 1.03), ("median", 1.0), ("p90", 1.2), ("p99", 1.6)):
             found[f"{statistic}_{name}_ms"] = value * factor
+    if load.kind == "open":
+        found["request_goodput"] = load.request_rate or requests
     return found
 
 
 def _ratios(cells: list[Cell]) -> list[Ratio]:
     layers = {name: count for name, count, _ in ARMS}
     found: dict[tuple[Memory, str, str, str, str], dict[int, list[float]]] = {}
+    halves = Counter(
+        (cell.memory, cell.arm, cell.load, cell.block) for cell in cells if not cell.invalid
+    )
     for cell in cells:
+        if halves[cell.memory, cell.arm, cell.load, cell.block] < 2:
+            continue
         for metric, value in cell.metrics.items():
+            # Arrivals set the pace of an open loop.
+            if cell.load.startswith("open") and metric.endswith("throughput"):
+                continue
             key = (cell.memory, cell.arm, cell.load, metric)
             found.setdefault((*key, ""), {}).setdefault(cell.block, []).append(value)
     ratios = []
     for (memory, arm, load, metric, _), blocks in found.items():
         if arm == "dense":
             continue
-        dense = found[(memory, "dense", load, metric, "")]
+        dense = found.get((memory, "dense", load, metric, ""), {})
         sign = -1 if metric.endswith(("_ms", "_s")) else 1
+        blocks = {block: values for block, values in blocks.items() if block in dense}
+        if not blocks:
+            continue
         logs = [
             sign * math.log(fmean(values) / fmean(dense[block])) for block, values in blocks.items()
         ]
@@ -288,12 +363,13 @@ def _ratios(cells: list[Cell]) -> list[Ratio]:
                 arm=arm,
                 load=load,
                 metric=metric,
-                dense=fmean(fmean(values) for values in dense.values()),
-                pruned=fmean(fmean(values) for values in blocks.values()),
+                dense=geometric_mean([value for block in blocks for value in dense[block]]),
+                pruned=geometric_mean([value for block in blocks for value in blocks[block]]),
                 estimate=math.exp(centre),
                 low=math.exp(centre - spread) if len(logs) > 1 else None,
                 high=math.exp(centre + spread) if len(logs) > 1 else None,
                 blocks=[math.exp(x) for x in logs],
+                block_numbers=list(blocks),
                 bound=bound,
                 achieved_over_bound=(math.exp(centre) - 1) / (bound - 1) if bound else None,
                 verdict=_verdict(arm, centre, spread, bound),

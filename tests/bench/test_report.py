@@ -18,14 +18,26 @@ from typer.testing import CliRunner
 
 from trsp.bench.cli import app
 from trsp.bench.report import markdown_of, write_report
-from trsp.bench.report_findings import cautions, find_results, stops
+from trsp.bench.report_findings import (
+    cautions,
+    compared,
+    equal_memory_sentence,
+    find_results,
+    stops,
+)
 from trsp.bench.report_inputs import Input, Inputs, read_inputs
 from trsp.bench.report_plots import draw_plots
-from trsp.bench.report_speedups import negative_table, speed_table
+from trsp.bench.report_speedups import (
+    blocks_table,
+    negative_sentence,
+    negative_table,
+    speed_table,
+)
 from trsp.bench.report_style import to_svg
 from trsp.bench.report_table import Table
 from trsp.bench.report_tables import latency_table, memory_table, quality_table
-from trsp.bench.report_values import Values
+from trsp.bench.report_validity import environment_table, remarks
+from trsp.bench.report_values import Place, Values
 from trsp.bench.serve_record import Ratio, ServeRecord, write_serve_record
 from trsp.pruner.errors import UserError
 
@@ -264,16 +276,16 @@ def test_figures_are_means_over_valid_cells(build: Build) -> None:
     table = latency_table(Values(record.model_copy(update={"cells": cells})), "equal-kv")
     rows = {row.cells[0]: row.cells for row in table.groups[0].rows}
     assert (rows["dense"][1], rows["dense"][3]) == ("2 of 2", "20.00")
-    assert (rows["pruned-50"][1], rows["pruned-50"][3]) == ("1 of 2", "40.00")
+    # A block with one valid half stands in no speed-up, and so in no figure beside one.
+    assert (rows["pruned-50"][1], rows["pruned-50"][3]) == ("0 of 2", "\u2013")
 
 
 NOT_SHOWN = {"estimate": 1.01, "low": 0.99, "high": 1.03}
 SLOWER = {"estimate": 0.9, "low": 0.88, "high": 0.92}
-NO_INTERVAL = {"estimate": 0.99, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(
-    "change", [NOT_SHOWN, SLOWER, NO_INTERVAL, {"verdict": "far below the bound: unexplained"}]
+    "change", [NOT_SHOWN, SLOWER, {"verdict": "far below the bound: unexplained"}]
 )
 def test_a_negative_result_is_shown_as_one(change: dict[str, Any], build: Build) -> None:
     assert texts(negative_table(Values(build()))) == []
@@ -283,6 +295,124 @@ def test_a_negative_result_is_shown_as_one(change: dict[str, Any], build: Build)
     assert row[:2] == ("4 in flight", "median TPOT")
     shown = [row for group in speed_table(values).groups for row in group.rows]
     assert [row.cells[1] for row in shown if row.kind == "negative"] == ["median TPOT"]
+
+
+@pytest.mark.parametrize("estimate", [0.5, 2.5])
+def test_one_block_claims_nothing(estimate: float, build: Build) -> None:
+    record = changed_ratio(
+        build(num_blocks=1),
+        {"estimate": estimate, "verdict": "beyond the bound: unexplained"},
+        arm="pruned-25",
+    )
+    values = Values(record)
+    assert texts(negative_table(values)) == []
+    assert negative_sentence(values) == "Nothing is claimed: one block, no interval."
+    assert {row[5] for row in texts(speed_table(values))} == {"one block, no interval"}
+    assert {row[-1] for row in texts(speed_table(values))} == {"one block, no interval"}
+    told = " ".join(finding.sentence for finding in find_results(values))
+    assert "no gain" not in told
+    assert "unexplained" not in told
+    assert not any(figure.bad for finding in find_results(values) for figure in finding.figures)
+
+
+def test_no_negative_result_is_said_only_of_intervals(build: Build) -> None:
+    assert negative_sentence(Values(build())).startswith("None: every speed-up's interval lies")
+    some = changed_ratio(build(), {"low": None, "high": None}, arm="pruned-25", load="closed 1")
+    assert "rest on one block, no interval" in negative_sentence(Values(some))
+    assert negative_sentence(Values(build(invalid=["x"]))).startswith("Nothing is claimed")
+
+
+LOST = [("pruned-25", "closed 4", 1), ("dense", "closed 1", 3)]
+
+
+def test_blocks_stand_under_their_numbers(build: Build) -> None:
+    record = build(lost=LOST)
+    table = blocks_table(Values(record))
+    titles = [column.title for column in table.columns]
+    first, count = titles.index("1"), titles.index("blocks")
+    whole = {ratio.block_numbers == [0, 1, 2, 3, 4] for ratio in record.ratios}
+    assert whole == {True, False}
+    group = next(group for group in table.groups if group.title == "pruned-25, equal KV blocks")
+    rows = {row.cells[:2]: row.cells for row in group.rows}
+    for load, name, lost in (("closed 1", "1 in flight", 3), ("closed 4", "4 in flight", 1)):
+        (ratio,) = [
+            ratio
+            for ratio in record.ratios
+            if (ratio.arm, ratio.load, ratio.metric) == ("pruned-25", load, "median_tpot_ms")
+        ]
+        by_number = dict(zip(ratio.block_numbers, ratio.blocks, strict=True))
+        row = rows[name, "median TPOT"]
+        assert row[count] == "4"
+        assert row[first + lost] == "\u2013"
+        for block, value in by_number.items():
+            assert row[first + block] == f"{value:.3f}\u00d7"
+    told = cautions(Values(record))
+    assert any("rest on fewer than 5 blocks, the least on 4" in line for line in told)
+    assert any("same blocks (4 in flight)" in line for line in told)
+    assert not any("fewer than 5 blocks" in line for line in cautions(Values(build())))
+
+
+def test_an_old_record_has_all_its_blocks(build: Build) -> None:
+    record = changed_ratio(build(), {"block_numbers": []})
+    assert texts(blocks_table(Values(record))) == texts(blocks_table(Values(build())))
+
+
+def test_numbers_of_blocks_fit_the_blocks(build: Build, tmp_path: Path) -> None:
+    write_serve_record(tmp_path / "record.json", changed_ratio(build(), {"block_numbers": [0, 1]}))
+    with pytest.raises(UserError, match="block_numbers"):
+        read_inputs([tmp_path])
+
+
+def test_figures_beside_a_ratio_are_of_its_blocks(build: Build) -> None:
+    """A lost cell's figures are ten times as large: nobody may take its partner alone."""
+    record = build(lost=LOST)
+    values = Values(record)
+    for ratio in record.ratios:
+        place = Place(ratio.memory, ratio.arm, ratio.load)
+        assert values.value(place, ratio.metric) == pytest.approx(ratio.pruned)
+        assert values.blocks(place) == set(ratio.block_numbers)
+    one = build(lost=[("pruned-25", "closed 1", 1)])
+    text = markdown_of(Inputs((Input(Path("r.json"), "0" * 64, one),), ()))
+    (ratio,) = [
+        ratio
+        for ratio in one.ratios
+        if (ratio.arm, ratio.load, ratio.metric) == ("pruned-25", "closed 1", "output_throughput")
+    ]
+    assert f"{ratio.pruned:.1f} (dense {ratio.dense:.1f})" in text
+
+
+def test_a_load_without_limit_is_the_largest_and_stands_apart(build: Build) -> None:
+    values = Values(build())
+    assert [load.name for load in values.loads_of("closed")][-1] == "all at once"
+    assert [told.load.name for told in values.told()] == ["closed 16", "closed 1"]
+    assert "all at once" in equal_memory_sentence(values)
+    assert ">None<" not in to_svg(draw_plots(values)[0][1], "x")
+
+
+def test_transformers_is_told_by_generation_and_prompt(build: Build) -> None:
+    values = Values(build("transformers"))
+    assert [told.metric for told in values.told()] == ["generation_throughput", "prompt_throughput"]
+    assert "for generation, prompts of 2,048 tokens" in compared(values)
+    assert "no blocks" in equal_memory_sentence(values)
+    text = markdown_of(Inputs((Input(Path("r.json"), "0" * 64, values.record),), ()))
+    assert text.count("| model |") == 2
+
+
+def test_nested_surroundings_are_rows_and_remarks_are_joined(build: Build) -> None:
+    nested = {"engine_variables": {"A": "1", "B": {"C": None}}, "empty": {}}
+    record = build(environment=nested)
+    assert texts(environment_table(Values(record))) == [
+        ("engine_variables.A", "1"),
+        ("engine_variables.B.C", "none"),
+        ("empty", "none"),
+    ]
+    notes = ("9 preemptions", "31 preemptions", "late")
+    cells = [
+        cell.model_copy(update={"notes": [note]})
+        for cell, note in zip(record.cells, notes, strict=False)
+    ]
+    found = remarks(Values(record.model_copy(update={"cells": cells})))
+    assert found == ["9 to 31 preemptions (2 measurements)", "late (1 measurement)"]
 
 
 def test_what_arrivals_cap_is_negative_only_below_one(build: Build) -> None:
@@ -297,7 +427,7 @@ def test_a_noisy_floor_is_said(build: Build) -> None:
     where = {"arm": "dense again", "load": "closed 1", "metric": "output_throughput"}
     values = Values(changed_ratio(build(), SLOWER, **where))
     assert [row[4] for row in texts(negative_table(values))] == ["0.900\u00d7"]
-    assert any("Noise floor: for 1 of 136 figures" in line for line in cautions(values))
+    assert any("Noise floor: for 1 of 120 figures" in line for line in cautions(values))
 
 
 def test_invalid_and_partial_come_before_any_number(build: Build, tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ from trsp.bench.cli import app
 from trsp.bench.model_shapes import write_shape
 from trsp.bench.serve_design import ServeOptions
 from trsp.bench.serve_record import Arm, Cell, Load, ServeRecord, Workload, write_serve_record
-from trsp.bench.slo import Target, parse_target, plan_for_slo
+from trsp.bench.slo import plan_for_slo
+from trsp.bench.slo_answer import SloPlan
+from trsp.bench.slo_target import Target, parse_target
 from trsp.pruner.errors import UserError
 
 LAYERS = 8
+# Of the shape "pico" in float32.
+PARAMETERS = 4_229_248
+KV_BYTES = 8192
 NOISE = (0.99, 1.01, 1.0)
 
 
@@ -29,9 +34,9 @@ def arm(name: str, layers: int, role: Any) -> Arm:
         weights="dummy",
         fingerprint=None,
         disk_bytes=None,
-        num_parameters=1,
-        weight_bytes=1,
-        kv_bytes_per_token=1,
+        num_parameters=PARAMETERS,
+        weight_bytes=4 * PARAMETERS,
+        kv_bytes_per_token=KV_BYTES,
         quality=[],
     )
 
@@ -116,12 +121,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return asked
 
 
-def planned(model: Path, target: str, tmp_path: Path, **words: Any) -> slo.SloPlan:
+def planned(model: Path, target: str, tmp_path: Path, **words: Any) -> SloPlan:
     given: dict[str, Any] = {"records": (), "verify": True, "concurrency": 1, **words}
+    blocks = given.pop("num_blocks", 5)
     return plan_for_slo(
         model,
         parse_target(target),
-        options=ServeOptions(out=tmp_path / "work"),
+        options=ServeOptions(out=tmp_path / "work", num_blocks=blocks),
         tell=lambda line: None,
         **given,
     )
@@ -170,7 +176,8 @@ def test_a_target_beyond_reach_gets_the_best_and_a_clear_no(
     assert plan.best.num_hidden_layers == 1
     assert plan.best.predicted == pytest.approx(3.0)
     assert plan.lines()[-1] == "NO: no number of layers meets median_tpot_ms<=2.5"
-    assert any("one layer alone" in remark for remark in plan.remarks)
+    assert any("the best possible, 1 of 8 layers, would be at median_tpot_ms 3" in remark
+               for remark in plan.remarks)  # fmt: skip
 
 
 def test_a_target_that_is_met_already_takes_no_layer(
@@ -277,7 +284,7 @@ def test_the_command_answers_and_exits_by_the_answer(model: Path, tmp_path: Path
     words = ["plan", str(model), "--record", str(path), "--no-verify", "--out", str(out)]
     met = CliRunner().invoke(app, [*words, "--slo", "median_tpot_ms<=6.5"])
     assert met.exit_code == 0, met.output
-    assert "remove 4 layers, not measured" in met.stdout
+    assert "remove 4 layers, not verified" in met.stdout
     assert '"kind": "slo"' in out.read_text()
     missed = CliRunner().invoke(app, [*words, "--slo", "median_tpot_ms<=1"])
     assert missed.exit_code == 1
@@ -290,6 +297,13 @@ def test_the_command_answers_and_exits_by_the_answer(model: Path, tmp_path: Path
         (["--slo", "median_tpot_ms<=1", "--data", "x.txt"], "--data means nothing with --slo"),
         (["--slo", "median_tpot_ms<=1", "--ratio", "0.5"], "--ratio means nothing with --slo"),
         (["--record", "r.json", "--data", "x.txt"], "--record means nothing without --slo"),
+        (["--concurrency", "4"], "--concurrency means nothing without --slo"),
+        (["--work", "w"], "--work means nothing without --slo"),
+        (["--slo", "median_tpot_ms<=1", "--preset", "paper"], "--preset means nothing with --slo"),
+        (
+            ["--slo", "median_tpot_ms<=1", "--record", "r.json", "--input-len", "9"],
+            "--input-len means nothing with --record",
+        ),
     ],
 )
 def test_settings_of_the_other_question_are_refused(
@@ -330,3 +344,246 @@ def test_options_of_the_measurement_are_passed_on(
     assert seen[0].input_len == 9
     assert seen[0].shares == ()
     assert seen[0].memories == ("equal-kv",)
+
+
+# Records that belong together
+
+
+def written(folder: Path, name: str, record: ServeRecord) -> Path:
+    write_serve_record(folder / name, record)
+    return folder / name
+
+
+GPU = {"gpu": {"name": "H200", "driver_version": "580.1"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "vllm 1"}, "engine is vllm 1, in .*a.json vllm 0"),
+        ({"environment": {"gpu": {**GPU["gpu"], "name": "A100"}}}, "GPU is A100, in .* H200"),
+        ({"environment": {"gpu": {**GPU["gpu"], "driver_version": "1"}}}, "driver of the GPU is 1"),
+        (
+            {
+                "workload": Workload(
+                    input_len=9, output_len=2, dtype="float32", seed=0, ttft_slo_ms=1.0,
+                    tpot_slo_ms=1.0,
+                )
+            },
+            "workload's input_len is 9, in .* 1",
+        ),
+        (
+            {"loads": [Load(name="closed 1", kind="closed", concurrency=1, num_requests=7)]},
+            "number of requests of 'closed 1' is 7",
+        ),
+    ],
+)  # fmt: skip
+def test_records_that_differ_in_more_than_depth_are_refused(
+    model: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    first = measured([8, 6], lambda n: 2.0 + n).model_copy(update={"environment": GPU})
+    second = measured([8, 4], lambda n: 2.0 + n).model_copy(update={"environment": GPU, **change})
+    paths = [written(tmp_path, "a.json", first), written(tmp_path, "b.json", second)]
+    with pytest.raises(UserError, match=message):
+        planned(model, "median_tpot_ms<=6.5", tmp_path, records=paths, verify=False)
+
+
+def test_a_fingerprint_counts_where_both_records_have_one(model: Path, tmp_path: Path) -> None:
+    def with_print(record: ServeRecord, text: str | None) -> ServeRecord:
+        arms = [one.model_copy(update={"fingerprint": text}) for one in record.arms]
+        return record.model_copy(update={"arms": arms})
+
+    first = with_print(measured([8, 6], lambda n: 2.0 + n), "aa")
+    for other, refused in (("aa", False), (None, False), ("bb", True)):
+        second = with_print(measured([8, 4], lambda n: 2.0 + n), other)
+        paths = [written(tmp_path, "a.json", first), written(tmp_path, "b.json", second)]
+        if refused:
+            with pytest.raises(UserError, match="fingerprint of the dense model is bb"):
+                planned(model, "median_tpot_ms<=6.5", tmp_path, records=paths, verify=False)
+        else:
+            plan = planned(model, "median_tpot_ms<=6.5", tmp_path, records=paths, verify=False)
+            assert plan.num_to_remove == 4
+
+
+def test_a_record_of_another_model_of_that_depth_is_refused(model: Path, tmp_path: Path) -> None:
+    record = measured([8, 6], lambda n: 2.0 + n)
+    arms = [one.model_copy(update={"num_parameters": 5}) for one in record.arms]
+    path = written(tmp_path, "a.json", record.model_copy(update={"arms": arms}))
+    with pytest.raises(UserError, match="is of a model with 5 parameters"):
+        planned(model, "median_tpot_ms<=6.5", tmp_path, records=[path], verify=False)
+
+
+def test_nothing_is_measured_beside_a_record_of_another_machine(
+    model: Path, tmp_path: Path, machine: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trsp.serving.vllm_versions.installed_vllm", lambda: ("vllm", "9"))
+    path = written(tmp_path, "a.json", measured([8, 6, 4], lambda n: 2.0 + n))
+    with pytest.raises(UserError, match=r"engine is vllm 0, here vllm 9: .*--no-verify"):
+        planned(model, "median_tpot_ms<=7.2", tmp_path, records=[path])
+    assert machine == []
+
+
+def test_a_named_depth_is_measured_under_the_load_of_the_record(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ServeOptions] = []
+
+    def run(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRecord:
+        seen.append(options)
+        return measured([LAYERS, *(LAYERS - n for n in options.remove)], lambda n: 2.0 + n)
+
+    monkeypatch.setattr(slo, "run_serve", run)
+    monkeypatch.setattr(slo, "require_same_machine", lambda record, name: None)
+    path = written(tmp_path, "a.json", measured([8, 6, 4], lambda n: 2.0 + n))
+    plan = planned(model, "median_tpot_ms<=7.2", tmp_path, records=[path])
+    assert plan.verified is True
+    assert [(one.input_len, one.output_len, one.dtype, one.num_requests) for one in seen] == [
+        (1, 2, "float32", 1)
+    ]
+
+
+def test_a_block_that_one_depth_lost_counts_for_none(model: Path, tmp_path: Path) -> None:
+    """Blocks drift together: were they paired by place, the line would be bent."""
+    record = measured([8, 6, 4], lambda n: 2.0 + n)
+    factors = (1.0, 5.0, 1.0)
+    cells = [
+        one.model_copy(
+            update={
+                "metrics": {
+                    name: value * factors[one.block] for name, value in one.metrics.items()
+                },
+                "invalid": ["late"] if (one.arm, one.block) == ("minus-2", 1) else [],
+            }
+        )
+        for one in record.cells
+    ]
+    path = written(tmp_path, "a.json", record.model_copy(update={"cells": cells}))
+    plan = planned(model, "median_tpot_ms<=6.5", tmp_path, records=[path], verify=False)
+    assert plan.slope == pytest.approx(1.0, rel=0.02)
+    assert plan.intercept == pytest.approx(2.0, rel=0.02)
+
+
+# The folder of the measurements
+
+
+def test_the_same_question_goes_on_and_another_is_refused(
+    model: Path, machine: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    first = planned(model, "median_tpot_ms<=7.2", tmp_path)
+    again = planned(model, "median_tpot_ms<=7.2", tmp_path)
+    assert again.depths == first.depths
+    with pytest.raises(UserError, match=r"another question \(target differ\); .*--record .*depths"):
+        planned(model, "median_tpot_ms<=6.2", tmp_path)
+    with pytest.raises(UserError, match=r"another question \(num_blocks differ\)"):
+        planned(model, "median_tpot_ms<=7.2", tmp_path, num_blocks=6)
+    assert len(machine) == 4
+
+
+def test_a_started_experiment_is_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed: list[bool] = []
+
+    def run(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRecord:
+        resumed.append(options.resume)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "plan.json").write_text("{}")
+        return measured([LAYERS, *(LAYERS - n for n in options.remove)], lambda n: 2.0 + n)
+
+    monkeypatch.setattr(slo, "run_serve", run)
+    for _ in range(2):
+        planned(model, "median_tpot_ms<=7.2", tmp_path)
+    assert resumed == [False, False, True, True]
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    model: Path, machine: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no measurements of trsp plan --slo"):
+        planned(model, "median_tpot_ms<=7.2", tmp_path)
+    assert machine == []
+
+
+# What is claimed
+
+
+def test_the_line_has_its_interval(model: Path, machine: list[Any], tmp_path: Path) -> None:
+    plan = planned(model, "median_tpot_ms<=7.2", tmp_path)
+    assert plan.slope_low is not None
+    assert plan.slope_high is not None
+    assert plan.intercept_low is not None
+    assert plan.intercept_high is not None
+    assert plan.slope_low < plan.slope < plan.slope_high
+    assert plan.intercept_low < plan.intercept < plan.intercept_high
+    assert any(line.startswith("line: 2 (") and "x layers, ms" in line for line in plan.lines())
+    for depth in plan.depths:
+        assert depth.predicted_low is not None
+        assert depth.predicted is not None
+        assert depth.predicted_low < depth.predicted
+
+
+def test_three_misses_are_no_answer(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every depth that is measured alone costs more than the line says."""
+
+    def run(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRecord:
+        bump = 0.0 if len(options.remove) > 1 else 6.0
+        depths = [LAYERS, *(LAYERS - n for n in options.remove)]
+        return measured(depths, lambda n: 2.0 + n + (0.0 if n == LAYERS else bump))
+
+    monkeypatch.setattr(slo, "run_serve", run)
+    plan = planned(model, "median_tpot_ms<=7.5", tmp_path)
+    assert plan.verified is not True
+    assert plan.lines()[-1].startswith("NO")
+    assert "trsp prune" not in plan.lines()[-1]
+
+
+def test_cost_that_falls_with_depth_makes_dense_the_best(model: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "a.json", measured([8, 6, 4], lambda n: 20.0 - n))
+    plan = planned(model, "median_tpot_ms<=5", tmp_path, records=[path], verify=False)
+    assert plan.num_to_remove is None
+    assert plan.best.num_hidden_layers == LAYERS
+    assert any("removing layers gains nothing" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "message"),
+    [
+        ("foo_ms<=3", {}, "measures no foo_ms; choose median_ttft_ms"),
+        ("p99_ttft_ms<=3", {}, "a p99 needs --num-requests 1000"),
+        ("median_tpot_ms<=3", {"num_blocks": 1}, "one block has no interval"),
+        ("median_tpot_ms<=3", {"concurrency": 0}, "expected at least 1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_hours_of_measuring(
+    model: Path, machine: list[Any], tmp_path: Path, target: str, words: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        planned(model, target, tmp_path, **words)
+    assert machine == []
+
+
+def test_only_an_answer_is_replaced(model: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "record.json", measured([8, 6, 4], lambda n: 2.0 + n))
+    before = path.read_bytes()
+    words = ["plan", str(model), "--record", str(path), "--no-verify", "--slo"]
+    result = CliRunner().invoke(app, [*words, "median_tpot_ms<=6.5", "--out", str(path)])
+    assert result.exit_code == 2
+    assert "is no answer of trsp plan --slo" in result.stderr
+    assert path.read_bytes() == before
+    for _ in range(2):
+        out = str(tmp_path / "slo.json")
+        assert CliRunner().invoke(app, [*words, "median_tpot_ms<=6.5", "--out", out]).exit_code == 0
+
+
+@pytest.mark.parametrize(("depths", "whose"), [([8, 7, 5], "what was measured"), ([8, 6], "line")])
+def test_an_unverified_answer_says_where_its_interval_ends(
+    model: Path, tmp_path: Path, depths: list[int], whose: str
+) -> None:
+    path = written(tmp_path, "a.json", measured(depths, lambda n: 2.0 + n))
+    plan = planned(model, "median_tpot_ms<=7.01", tmp_path, records=[path], verify=False)
+    assert plan.num_to_remove == 3
+    assert any(whose in one and "does not meet the target" in one for one in plan.remarks)
