@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trsp.bench.audit_record import Domain, Outcome
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import UserError, first_problem
 
 _MAX_BYTES = 2**20
 
@@ -96,10 +96,8 @@ def read_criteria(path: Path, domains: Sequence[str]) -> tuple[Criteria, str]:
     try:
         criteria = Criteria.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"{path}: {place}: {first['msg']}; the criteria are {', '.join(VALUES)}"
+            f"{path}: {first_problem(error)}; the criteria are {', '.join(VALUES)}"
         ) from error
     if unknown := sorted(criteria.domains.keys() - set(domains)):
         raise UserError(

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.durable import atomic_write
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import UserError, first_problem
 
 _MAX_BYTES = 2**26
 Count = Annotated[int, Field(ge=0)]
@@ -155,9 +155,7 @@ def read_audit_record(path: Path) -> AuditRecord:
     try:
         return AuditRecord.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise UserError(f"{path}: {place}: {first['msg']}") from error
+        raise UserError(f"{path}: {first_problem(error)}") from error
 
 
 def write_audit_record(path: Path, record: AuditRecord) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.durable import atomic_write
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import UserError, first_problem
 
 MAX_RECORD_BYTES = 64 * 2**20
 
@@ -217,9 +217,7 @@ def read_serve_record(path: Path) -> ServeRecord:
     try:
         return ServeRecord.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise UserError(f"{path}: {place}: {first['msg']}") from error
+        raise UserError(f"{path}: {first_problem(error)}") from error
 
 
 def write_serve_record(path: Path, record: ServeRecord) -> None:

@@ -18,7 +18,7 @@ from trsp.bench.serve_record import Cell, Load, Start
 from trsp.bench.speed_backend import ArmModel, Measured, Session, SpeedBackend
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.durable import atomic_write
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import UserError, first_problem
 
 PLAN_NAME = "plan.json"
 _MAX_PLAN_BYTES = 2**24
@@ -127,9 +127,7 @@ def _validated(kind: type[_Note], document: object, path: Path) -> _Note:
     try:
         return kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or kind.__name__
-        raise UserError(f"{path}: {place}: {first['msg']}: {_DAMAGED}") from error
+        raise UserError(f"{path}: {first_problem(error)}: {_DAMAGED}") from error
 
 
 def run_steps(

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trsp.pruner.errors import first_problem
 from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm
 
 SCHEMA_VERSION = 1
@@ -151,9 +152,7 @@ def read_request(content: bytes) -> GreedyRequest:
     try:
         return GreedyRequest.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise ValueError(f"the request's {place}: {first['msg']}") from error
+        raise ValueError(f"the request's {first_problem(error)}") from error
 
 
 def _read(arguments: Sequence[str]) -> tuple[Path, GreedyRequest]:

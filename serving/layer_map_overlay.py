@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.compaction import LAYER_MAP_NAME, copy_companions
 from trsp.pruner.durable import MANIFEST_NAME, publish_folder, read_manifest, verify_manifest
-from trsp.pruner.errors import UserError
+from trsp.pruner.errors import UserError, first_problem
 from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.serving.served_layers import DIGEST_FIELD, ServedLayers, open_served_layers
 
@@ -100,9 +100,7 @@ def read_overlay(folder: str | Path, *, trust_remote_code: bool = False) -> Serv
     try:
         record = OverlayRecord.model_validate(read_json_object(file, max_bytes=_MAX_BYTES))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise UserError(f"{file}: {place}: {first['msg']}; make the overlay anew") from error
+        raise UserError(f"{file}: {first_problem(error)}; make the overlay anew") from error
     layer_map = read_layer_map(folder / LAYER_MAP_NAME)
     if _sha256(folder / LAYER_MAP_NAME) != record.layer_map_sha256:
         raise UserError(

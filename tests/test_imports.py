@@ -29,7 +29,7 @@ PRUNER_ROOMS = (
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "next_norms", "gated_model"),
     ("criteria", "distillation", "selection", "transfer"),
-    ("compaction", "evaluation"),
+    ("compaction", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
     ("run_folder", "run", "model_card", "pipeline", "api", "cli"),
 )
