@@ -30,7 +30,7 @@ _MAX_BYTES = 2**20
 class Limits(BaseModel):
     """Limits of one domain, or of all; see the module."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     perplexity_ratio: float | None = None
     tail_ratio: float | None = None
@@ -50,6 +50,17 @@ class Criteria(Limits):
     """The whole file. `domains`: limits that replace those for all."""
 
     domains: dict[str, Limits] = {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
 
 
 def _tail_ratio(domain: Domain) -> float | None:
@@ -88,9 +99,9 @@ def read_criteria(path: Path, domains: Sequence[str]) -> tuple[Criteria, str]:
     if len(content) > _MAX_BYTES:
         raise UserError(f"{path}: is larger than 1 MiB: no acceptance file")
     try:
-        document: Any = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        document: Any = yaml.load(content, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected limits by name, such as perplexity_ratio: 1.1")
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -102,6 +103,7 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         )
         for checkpoint in checkpoints
     )
+    _require_alike(dense, pruned, options)
     domains = [
         _domain(name, paths, dense, pruned, tokenizer, options, progress)
         for name, paths in options.data.items()
@@ -185,6 +187,14 @@ def _domain(
     if options.prompts:
         length = min(options.prompt_tokens, len(windows.ids))
         prompts = spread_prompts(windows.ids, count=options.prompts, length=length)
+        if windows.bos is not None:
+            prompts = [torch.cat([torch.tensor([windows.bos]), prompt]) for prompt in prompts]
+        context = windows.protocol.model_context
+        if context is not None and len(prompts[0]) + options.new_tokens > context:
+            raise UserError(
+                f"--prompt-tokens {length} and --new-tokens {options.new_tokens} need "
+                f"{len(prompts[0]) + options.new_tokens} positions, the model has {context}"
+            )
         found = continue_prompts(
             dense, pruned, prompts, new_tokens=options.new_tokens, progress=labelled
         )
@@ -265,6 +275,21 @@ def _check(options: AuditOptions) -> None:
     ):
         if number < least:
             raise UserError(f"{name} {number}: expected at least {least}")
+
+
+def _require_alike(dense: Any, pruned: Any, options: AuditOptions) -> None:
+    """One dtype, so that rounding is not taken for what pruning lost, and one vocabulary."""
+    if dense.dtype != pruned.dtype:
+        raise UserError(
+            f"{options.pruned}: is {pruned.dtype}, the dense model {dense.dtype}; give one --dtype "
+            "for both"
+        )
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (dense, pruned)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{options.pruned}: has {sizes[1]} rows in its vocabulary, the dense model {sizes[0]}: "
+            "it is not that model pruned"
+        )
 
 
 def _common_tokenizer(

@@ -62,6 +62,8 @@ def audit(
         examples=examples,
         trust_remote_code=trust_remote_code,
     )
+    if out is not None:
+        _refuse_foreign(out)
     with progress_bars() as progress:
         record = run_audit(options, progress)
     if out is not None:
@@ -72,6 +74,19 @@ def audit(
         show_audit(record)
     if record.passed is False:
         raise typer.Exit(1)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """An older audit is replaced; nothing else is."""
+    from trsp.bench.audit_record import read_audit_record
+
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    if out.exists():
+        try:
+            read_audit_record(out)
+        except UserError as error:
+            raise UserError(f"--out {out}: is there and is no audit; give another name") from error
 
 
 def _domains(words: list[str]) -> dict[str, list[Path]]:

@@ -138,5 +138,5 @@ def plan(
 
 def _refuse(given: Mapping[str, object], why: str) -> None:
     for name, value in given.items():
-        if value not in (None, False, []):
+        if not (value is None or value is False or value == []):
             raise UserError(f"{name} {why}; leave it out")

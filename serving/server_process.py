@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from trsp.serving.server_flags import expand_config_file, flag_number
 GRACE_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+# In the environment of the server and of all that it starts.
+_MARK = "TRSP_SERVER"
 
 
 def run_server(command: ServerCommand) -> int:
@@ -28,10 +31,11 @@ def run_server(command: ServerCommand) -> int:
     as the servers of vLLM's data-parallel supervisor do.
     """
     patience = grace_seconds(command)
-    with _signals_held() as received, _orphans_ended():
+    mark = secrets.token_hex(16)
+    with _signals_held() as received, _orphans_ended(mark):
         process = subprocess.Popen(
             command.arguments,
-            env=command.environment(),
+            env={**command.environment(), _MARK: mark},
             start_new_session=True,
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
@@ -62,20 +66,21 @@ def _kill_group(pid: int) -> None:
 
 
 @contextmanager
-def _orphans_ended() -> Iterator[None]:
+def _orphans_ended(mark: str) -> Iterator[None]:
     """On Linux: in the end, kill what the server left behind in process groups of their own.
 
-    They become our children when their parent ends, and theirs when we end them.
+    They become our children when their parent ends, and theirs when we end them. Other orphans
+    come to us too; only those that carry the server's mark in their environment are ended.
     """
     if sys.platform != "linux":
         yield
         return
-    libc, ours = ctypes.CDLL(None), _children()
+    libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        while orphans := _children() - ours:
+        while orphans := {pid for pid in _children() if _carries(pid, mark)}:
             for pid in orphans:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
@@ -91,6 +96,14 @@ def _children() -> set[int]:
         with suppress(OSError):
             found.update(map(int, task.read_text().split()))
     return found
+
+
+def _carries(pid: int, mark: str) -> bool:
+    """Whether a process was started with the mark; a process that has ended carries none."""
+    try:
+        return f"{_MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -151,6 +151,52 @@ def test_a_loss_that_is_no_number_is_named(pico_llama: Path, held_out_file: Path
         compare_tokens(dense, broken, windows)
 
 
+def test_a_divergence_that_is_no_number_is_no_small_one(
+    pico_llama: Path, held_out_file: Path
+) -> None:
+    """A row of the head at minus infinity leaves the losses finite and the divergence not."""
+
+    models = [load_model(open_checkpoint(pico_llama)) for _ in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
+    windows = cut_windows(models[0], tokenizer, [held_out_file], window=32)
+    unused = next(n for n in range(288) if n not in set(windows.ids.tolist()))
+
+    def without_it(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([unused]), -math.inf)
+
+    for model in models:
+        model.get_output_embeddings().register_forward_hook(without_it)
+    with pytest.raises(RunError, match="the divergence is not finite in window 0"):
+        compare_tokens(models[0], models[1], windows)
+
+
+def test_what_does_not_fit_the_context_is_refused(pico_llama: Path, held_out_file: Path) -> None:
+    with pytest.raises(UserError, match="need 129 positions, the model has 128"):
+        audit(options(pico_llama, pico_llama, held_out_file, prompt_tokens=64, new_tokens=65))
+
+
+def test_two_dtypes_are_refused(pico_llama: Path, held_out_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pico_llama, other)
+    load_model(open_checkpoint(pico_llama), dtype="bfloat16").save_pretrained(other)
+    with pytest.raises(UserError, match=r"is torch\.bfloat16, the dense model torch\.float32"):
+        audit(options(pico_llama, other, held_out_file))
+
+
+@pytest.mark.parametrize("content", [None, "kl: 1\n"])
+def test_a_record_replaces_nothing_else(
+    content: str | None, pico_llama: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    if content is None:
+        out.mkdir()
+    else:
+        out.write_text(content)
+    found = run(str(pico_llama), str(pico_llama), "--data", f"a={held_out_file}", "--out", str(out))
+    assert found.exit_code == 2
+    assert out.is_dir() or out.read_text() == content
+
+
 def test_a_model_beside_itself_is_the_same(pico_llama: Path, held_out_file: Path) -> None:
     (domain,) = audit(options(pico_llama, pico_llama, held_out_file)).domains
     assert domain.losses.increase == domain.losses.worst_increase == domain.losses.kl == 0

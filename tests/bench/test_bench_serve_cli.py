@@ -50,6 +50,10 @@ SMALL = (
         ([*PICO, "--", "--dtype", "half"], "--dtype is set by the experiment"),
         ([*PICO, "--", "--port=3"], "--port is set by the experiment"),
         ([*PICO, "--", "--max_model_len", "9"], "--max-model-len is set by the experiment"),
+        ([*PICO, "--", "--speculative-config.method", "x"], "--speculative-config would have a"),
+        ([*PICO, "--", "--quantiz", "fp8"], "--quantization would make weights or cache take"),
+        ([*PICO, "--", "--hf-overrides", "{}"], "--hf-overrides would make every arm another"),
+        ([*PICO, "--memory-gib", "9", "--", "-tp", "2"], "-tp: equal memory is computed for one"),
         ([*PICO, "--backend", "latency", "--port", "1"], "--port means nothing to --backend lat"),
         ([*PICO, "--port", "1", "--servers", "resident"], "--port is one port"),
         ([*PICO, "--backend", "sglang"], "--backend 'sglang' is unknown; choose from serve"),
@@ -173,6 +177,12 @@ def test_a_resumed_run_keeps_to_what_auto_chose(
     monkeypatch.setattr(serve_design, "available_memory", lambda: 1)
     bench.run(*SMALL, "--resume")
     assert not bench.record().partial
+
+
+def test_a_resumed_run_does_not_change_how_engines_are_kept(bench: Bench) -> None:
+    bench.run(*SMALL, "--servers", "resident", code=1, STAND_IN_CLIENT="third")
+    _, stderr = bench.run(*SMALL, "--servers", "restart", "--resume", code=2)
+    assert "its engines stayed up; leave out --servers" in stderr
 
 
 def test_another_engine_is_another_experiment(bench: Bench) -> None:

@@ -413,6 +413,28 @@ def test_a_child_in_a_group_of_its_own_is_ended_too(tmp_path: Path) -> None:
     assert not is_alive(grandchild)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are found on Linux only")
+def test_an_orphan_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """A container's entry point may start a sidecar and then become `trsp serve`."""
+    file = tmp_path / "pid"
+    code = (
+        "import subprocess, sys\n"
+        "from trsp.serving.server_command import ServerCommand\n"
+        "from trsp.serving.server_process import run_server\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        # Its parent ends while the server runs, so it becomes ours.
+        "inner = 'import subprocess, time; p = subprocess.Popen(%r); ' \\\n"
+        "    'open(%r, \"w\").write(str(p.pid)); time.sleep(1)' % (sleep, sys.argv[1])\n"
+        "subprocess.Popen([sys.executable, '-c', inner])\n"
+        "server = (sys.executable, '-c', 'import time; time.sleep(3)')\n"
+        "raise SystemExit(run_server(ServerCommand(server, {})))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True, timeout=60)
+    sidecar = int(file.read_text())
+    assert is_alive(sidecar)
+    os.kill(sidecar, signal.SIGKILL)
+
+
 def test_a_server_killed_by_a_signal_gives_128_and_its_number(
     stand_in: dict[str, str], pico_llama: Path
 ) -> None:
