@@ -13,12 +13,8 @@ import typer
 
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
 from trsp.pruner.errors import UserError
-from trsp.pruner.layer_map import (
-    parse_layer_list,
-    read_layer_map,
-    to_llama_cpp,
-    to_mergekit_slices,
-)
+from trsp.pruner.layer_lists import parse_layer_list, to_llama_cpp, to_mergekit_slices
+from trsp.pruner.layer_map import read_layer_map
 
 app = typer.Typer(
     cls=ErrorsAsExitCodes,

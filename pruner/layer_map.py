@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +57,7 @@ class BaseModel:
             if not isinstance(value, str) or not value.strip():
                 raise LayerMapError(f"base_model.{name} is {brief(value)}, expected text")
             _set(self, **{name: _json_value(value, f"base_model.{name}")})
-        count = _integer(self.num_hidden_layers, "base_model.num_hidden_layers")
+        count = integer(self.num_hidden_layers, "base_model.num_hidden_layers")
         if not 1 <= count <= MAX_LAYERS:
             raise LayerMapError(f"base_model.num_hidden_layers is {count}, not 1 to {MAX_LAYERS}")
         _set(self, num_hidden_layers=count)
@@ -78,7 +78,7 @@ class LayerEntry:
 
     def __post_init__(self) -> None:
         for name in ("layer", "source_layer"):
-            _set(self, **{name: _integer(getattr(self, name), name)})
+            _set(self, **{name: integer(getattr(self, name), name)})
         if self.gate is not None:
             number = isinstance(self.gate, int | float) and not isinstance(self.gate, bool)
             if not number or not math.isfinite(self.gate):
@@ -140,9 +140,9 @@ class LayerMap:
         steps = enumerate(_records(self.steps, Mapping, "steps"))
         _set(
             self,
-            kept=_indices(self.kept, "kept", num_layers),
-            dropped=_indices(self.dropped, "dropped", num_layers),
-            removal_order=_indices(self.removal_order, "removal_order", num_layers),
+            kept=layer_indices(self.kept, "kept", num_layers),
+            dropped=layer_indices(self.dropped, "dropped", num_layers),
+            removal_order=layer_indices(self.removal_order, "removal_order", num_layers),
             layers=_records(self.layers, LayerEntry, "layers"),
             config_changes=_records(self.config_changes, ConfigChange, "config_changes"),
             method=_json_object(self.method, "method"),
@@ -185,7 +185,7 @@ class LayerMap:
                 another length.
         """
         num_layers = base_model.num_hidden_layers
-        order = _indices(removal_order, "removal_order", num_layers)
+        order = layer_indices(removal_order, "removal_order", num_layers)
         gone = set(order)
         kept = tuple(layer for layer in range(num_layers) if layer not in gone)
         if gates is None:
@@ -225,7 +225,7 @@ class LayerMap:
         Nothing tells in what order the others were picked, so the removal order ascends.
         `described`: the keywords of `from_removal_order`, which also names what is raised.
         """
-        stays = set(_indices(kept, "kept", base_model.num_hidden_layers))
+        stays = set(layer_indices(kept, "kept", base_model.num_hidden_layers))
         order = [layer for layer in range(base_model.num_hidden_layers) if layer not in stays]
         return cls.from_removal_order(base_model, order, **described)
 
@@ -238,7 +238,7 @@ class LayerMap:
         Raises:
             LayerMapError: not within 0 and the number of removals.
         """
-        count = _integer(num_removals, "number of removals")
+        count = integer(num_removals, "number of removals")
         if not 0 <= count <= len(self.removal_order):
             raise LayerMapError(
                 f"{count} removals asked for, the layer map has {len(self.removal_order)}"
@@ -322,7 +322,7 @@ def read_layer_map(path: str | os.PathLike[str]) -> LayerMap:
     Raises:
         LayerMapError: missing, unreadable, or not a sound layer map; the file is named.
     """
-    content = _read_text(path, MAX_BYTES)
+    content = read_text(path, MAX_BYTES)
     try:
         return LayerMap.from_json(content)
     except LayerMapError as error:
@@ -338,99 +338,8 @@ def write_layer_map(layer_map: LayerMap, path: str | os.PathLike[str]) -> None:
     atomic_write(path, layer_map.to_json())
 
 
-def to_mergekit_slices(
-    layer_map: LayerMap, *, model: str | None = None, dtype: str | None = None
-) -> str:
-    """A mergekit configuration (YAML) that keeps the same layers by a passthrough merge.
-
-    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json and
-    nothing else: per-layer fields such as `layer_types` need `trsp compact`.
-
-    Args:
-        model: folder or hub name to write instead of the base model's name.
-        dtype: mergekit's name of the type to write, such as bfloat16; None leaves each as it is.
-    """
-    name = layer_map.base_model.name if model is None else model
-    # Outside a mapping mergekit splits a model at + (adapter) and @ (revision).
-    source = f"model: {_yaml_text(name)}"
-    if set(name) & set("+@"):
-        source = f"model: {{model: {{path: {_yaml_text(name)}}}}}"
-    lines = ["slices:"]
-    for begin, end in _runs(layer_map.kept):
-        lines += ["  - sources:", f"      - {source}", f"        layer_range: [{begin}, {end}]"]
-    lines.append("merge_method: passthrough")
-    if dtype is not None:
-        lines.append(f"dtype: {_yaml_text(dtype)}")
-    return "\n".join(lines) + "\n"
-
-
-def to_llama_cpp(layer_map: LayerMap) -> str:
-    """The value of `llama-quantize --prune-layers`: the dropped layers, as in `3,7,9`.
-
-    llama.cpp renumbers the rest but leaves per-layer metadata arrays as long as they were
-    (llama.cpp#27976), so convert the compacted checkpoint instead where the model has any.
-    Raises:
-        LayerMapError: nothing is dropped; llama-quantize refuses an empty list.
-    """
-    if not layer_map.dropped:
-        raise LayerMapError("the layer map drops no layer: run llama-quantize without the option")
-    return ",".join(map(str, layer_map.dropped))
-
-
-def parse_layer_list(text: str) -> tuple[int, ...]:
-    """Layers named in text, in the order given: `0-3,7` is 0, 1, 2, 3, 7; a JSON list does too.
-
-    Commas and line ends separate; a range includes its end; blank lines are skipped.
-    Raises:
-        LayerMapError: nothing named, a layer named twice, or an item that is neither.
-    """
-    if text.lstrip().startswith("["):
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LayerMapError(f"layer list: is not a JSON list: {error}") from error
-        layers = [_integer(item, f"layer list: item {n}") for n, item in enumerate(parsed)]
-    else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        layers = [layer for line in lines for item in line.split(",") for layer in _range(item)]
-    if not layers:
-        raise LayerMapError("layer list: names no layer; write for example 0-3,7")
-    return _indices(layers, "layer list", MAX_LAYERS)
-
-
-def import_keep_list(path: str | os.PathLike[str], base_model: BaseModel) -> LayerMap:
-    """The map that keeps the layers a file lists (see `parse_layer_list`).
-
-    Raises:
-        LayerMapError: the file cannot be read or names layers that cannot be kept; it is named.
-    """
-    return _import_list(path, base_model, LayerMap.from_keep, "keep list")
-
-
-def import_drop_list(path: str | os.PathLike[str], base_model: BaseModel) -> LayerMap:
-    """The map that drops the layers a file lists, in that order (see `parse_layer_list`).
-
-    Raises:
-        LayerMapError: the file cannot be read or names layers that cannot go; it is named.
-    """
-    return _import_list(path, base_model, LayerMap.from_drop, "drop list")
-
-
-def _import_list(
-    path: str | os.PathLike[str],
-    base_model: BaseModel,
-    make: Callable[..., LayerMap],
-    kind: str,
-) -> LayerMap:
-    text = _read_text(path, MAX_BYTES)
-    method = {"name": kind, "source": Path(path).name}
-    try:
-        return make(base_model, parse_layer_list(text), method=method)
-    except LayerMapError as error:
-        raise LayerMapError(f"{path}: {error}") from error
-
-
-def _read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
+def read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
+    """A whole file.   LayerMapError: it cannot be read, is larger or not UTF-8; it is named."""
     try:
         with Path(path).open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -443,38 +352,6 @@ def _read_text(path: str | os.PathLike[str], max_bytes: int) -> str:
         raise LayerMapError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LayerMapError(f"{path}: is not UTF-8 text ({error.reason})") from error
-
-
-def _range(item: str) -> range:
-    match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", item.strip())
-    if match is None:
-        raise LayerMapError(
-            f"layer list: {brief(item.strip())} is neither a layer nor a range; write 7 or 0-3"
-        )
-    begin, end = int(match[1]), int(match[2] or match[1])
-    if end < begin or end >= MAX_LAYERS:
-        limit = f"0 to {MAX_LAYERS - 1}"
-        raise LayerMapError(f"layer list: {item.strip()} must ascend within {limit}")
-    return range(begin, end + 1)
-
-
-def _runs(kept: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Runs of consecutive layers, each [begin, end)."""
-    runs: list[tuple[int, int]] = []
-    for layer in kept:
-        if runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs
-
-
-def _yaml_text(text: str) -> str:
-    """A double-quoted YAML scalar: JSON's, with what YAML does not take as printable escaped."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    return re.sub(
-        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", quoted
-    )
 
 
 def _set(instance: Any, **values: Any) -> None:
@@ -504,7 +381,8 @@ def _check_partition(kept: tuple[int, ...], dropped: tuple[int, ...], num_layers
         raise LayerMapError(f"layer {neither[0]} is neither kept nor dropped")
 
 
-def _integer(value: Any, where: str) -> int:
+def integer(value: Any, where: str) -> int:
+    """A whole number, which True is not.   LayerMapError: it is none; says `where`."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -513,11 +391,11 @@ def _integer(value: Any, where: str) -> int:
     raise LayerMapError(f"{where} is {brief(value)}, expected an integer")
 
 
-def _indices(values: Any, name: str, num_layers: int) -> tuple[int, ...]:
-    """Source layers, each existing and named once."""
+def layer_indices(values: Any, name: str, num_layers: int) -> tuple[int, ...]:
+    """Source layers, each existing and named once.   LayerMapError: they are not; says `name`."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise LayerMapError(f"{name} is {brief(values)}, expected a list of layers")
-    indices = tuple(_integer(value, f"{name}[{n}]") for n, value in enumerate(values))
+    indices = tuple(integer(value, f"{name}[{n}]") for n, value in enumerate(values))
     seen = set()
     for index in indices:
         if not 0 <= index < num_layers:

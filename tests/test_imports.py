@@ -24,7 +24,7 @@ SERVING_READS = {"bounded_json", "checkpoint", "compaction", "durable", "errors"
 
 # A module imports only what stands before it: no cycles, and a place for every newcomer.
 PRUNER_ROOMS = (
-    ("errors", "progress", "bounded_json", "durable", "layer_map"),
+    ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
     ("recipe", "token_ids", "safetensors_header", "config_surgery", "checkpoint"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "next_norms", "gated_model"),
@@ -35,7 +35,7 @@ PRUNER_ROOMS = (
 )
 PRUNER_ORDER = tuple(module for room in PRUNER_ROOMS for module in room)
 # Reading a layer map, and what that needs, must work in a Python without any package.
-STDLIB_ONLY = {"errors", "progress", "bounded_json", "durable", "layer_map"}
+STDLIB_ONLY = {"errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"}
 # They exchange layer maps and checkpoint folders; only the pipeline knows more than one of them.
 STRANGERS = {"selection", "transfer", "compaction", "proof"}
 

@@ -15,6 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trsp.pruner.errors import UserError
+from trsp.pruner.layer_lists import (
+    import_drop_list,
+    import_keep_list,
+    parse_layer_list,
+    to_llama_cpp,
+    to_mergekit_slices,
+)
 from trsp.pruner.layer_map import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -24,12 +31,7 @@ from trsp.pruner.layer_map import (
     LayerEntry,
     LayerMap,
     LayerMapError,
-    import_drop_list,
-    import_keep_list,
-    parse_layer_list,
     read_layer_map,
-    to_llama_cpp,
-    to_mergekit_slices,
     write_layer_map,
 )
 
