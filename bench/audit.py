@@ -26,7 +26,9 @@ from trsp.bench.audit_record import (
     Example,
     Greedy,
     Losses,
+    Sums,
 )
+from trsp.bench.generation_checks import Models, check_sums, measure_generation
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.record import environment
 from trsp.bench.token_losses import TokenLosses, compare_tokens
@@ -50,6 +52,8 @@ QUANTILES = (50.0, 90.0, 99.0, 99.9)
 _TAIL = 0.01
 _TEXT_BEFORE = 24
 _WORST_CONTINUATIONS = 3
+_PROMPT_TOKENS = 64
+_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class AuditOptions:
 
     Attributes:
         data: files or folders by the name of their domain.
-        prompts: greedy continuations in each domain; 0 leaves them out.
+        prompts: greedy continuations in each domain, and prompts of each check of generation; 0
+            leaves them out.
+        prompt_tokens: None: 64, or half of what the model's context takes.
+        new_tokens: None: 128, or what the context leaves.
     """
 
     dense: Path
@@ -72,8 +79,8 @@ class AuditOptions:
     device: str = "cpu"
     text_field: str = "text"
     prompts: int = 16
-    prompt_tokens: int = 64
-    new_tokens: int = 64
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
     examples: int = 10
     trust_remote_code: bool = False
 
@@ -104,10 +111,13 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         for checkpoint in checkpoints
     )
     _require_alike(dense, pruned, options)
-    domains = [
-        _domain(name, paths, dense, pruned, tokenizer, options, progress)
-        for name, paths in options.data.items()
-    ]
+    domains: list[Domain] = []
+    # Sums depend on no text: asked once, told in every domain.
+    sums: list[Sums] | None = None
+    for name, paths in options.data.items():
+        domains.append(_domain(name, paths, dense, pruned, tokenizer, sums, options, progress))
+        if domains[-1].generation is not None:
+            sums = domains[-1].generation.sums
     outcomes = judge(criteria, domains) if criteria else []
     return AuditRecord(
         dense=_audited(checkpoints[0]),
@@ -164,6 +174,7 @@ def _domain(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    sums: Sequence[Sums] | None,
     options: AuditOptions,
     progress: Progress,
 ) -> Domain:
@@ -183,22 +194,26 @@ def _domain(
     rows = compare_tokens(dense, pruned, windows, labelled)
     losses = summarize(rows)
     counts = Counter(windows.ids.tolist())
-    greedy = None
+    greedy = generation = None
     if options.prompts:
-        length = min(options.prompt_tokens, len(windows.ids))
-        prompts = spread_prompts(windows.ids, count=options.prompts, length=length)
-        if windows.bos is not None:
-            prompts = [torch.cat([torch.tensor([windows.bos]), prompt]) for prompt in prompts]
         context = windows.protocol.model_context
-        if context is not None and len(prompts[0]) + options.new_tokens > context:
-            raise UserError(
-                f"--prompt-tokens {length} and --new-tokens {options.new_tokens} need "
-                f"{len(prompts[0]) + options.new_tokens} positions, the model has {context}"
-            )
-        found = continue_prompts(
-            dense, pruned, prompts, new_tokens=options.new_tokens, progress=labelled
+        models = Models(dense, pruned, tokenizer, bos=windows.bos, context=context)
+        length, new_tokens, shortened = _lengths(models, len(windows.ids), options)
+        prompts = [
+            torch.tensor(models.begun(prompt.tolist()))
+            for prompt in spread_prompts(windows.ids, count=options.prompts, length=length)
+        ]
+        found = continue_prompts(dense, pruned, prompts, new_tokens=new_tokens, progress=labelled)
+        greedy = _greedy(found, tokenizer, new_tokens, shortened)
+        generation = measure_generation(
+            models,
+            windows.ids,
+            found,
+            check_sums(models, options.prompts, progress) if sums is None else sums,
+            num_prompts=options.prompts,
+            prompt_tokens=length,
+            progress=labelled,
         )
-        greedy = _greedy(found, tokenizer, options)
     return Domain(
         name=name,
         files=[path.name for path in paths],
@@ -209,7 +224,37 @@ def _domain(
         bands=frequency_bands(rows, counts),
         greedy=greedy,
         examples=_examples(rows, windows, tokenizer, options.examples),
+        generation=generation,
     )
+
+
+def _lengths(
+    models: Models, text_tokens: int, options: AuditOptions
+) -> tuple[int, int, str | None]:
+    """Tokens of a prompt and of its continuation, and why it is shorter than the default.
+
+    Only what was not asked for is made to fit.
+    """
+    begun = len(models.begun([]))
+    room = math.inf if models.context is None else models.context - begun
+    wanted = options.prompt_tokens
+    if wanted is None:
+        wanted = int(min(_PROMPT_TOKENS, room // 2))
+    length = min(wanted, text_tokens)
+    new_tokens, shortened = options.new_tokens, None
+    if new_tokens is None:
+        new_tokens = int(min(_NEW_TOKENS, max(1, room - length)))
+        if new_tokens < _NEW_TOKENS:
+            shortened = (
+                f"{new_tokens} of {_NEW_TOKENS} tokens: the model's context of {models.context} "
+                f"leaves no more after a prompt of {begun + length}"
+            )
+    if length + new_tokens > room:
+        raise UserError(
+            f"--prompt-tokens {length} and --new-tokens {new_tokens} need "
+            f"{begun + length + new_tokens} positions, the model has {models.context}"
+        )
+    return length, new_tokens, shortened
 
 
 def _examples(
@@ -241,17 +286,20 @@ def _examples(
 
 
 def _greedy(
-    found: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase, options: AuditOptions
+    found: Sequence[Continuation],
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    shortened: str | None,
 ) -> Greedy:
     prefixes = [one.same_prefix for one in found]
     worst = sorted(found, key=lambda one: one.same_prefix)[:_WORST_CONTINUATIONS]
     return Greedy(
         num_prompts=len(found),
         prompt_tokens=len(found[0].prompt),
-        new_tokens=options.new_tokens,
-        same_prefix=float(np.mean(prefixes)) / options.new_tokens,
+        new_tokens=new_tokens,
+        same_prefix=float(np.mean(prefixes)) / new_tokens,
         same_places=float(np.mean([one.same_places for one in found])),
-        identical=float(np.mean([prefix == options.new_tokens for prefix in prefixes])),
+        identical=float(np.mean([prefix == new_tokens for prefix in prefixes])),
         worst=[
             ContinuedText(
                 prompt=str(tokenizer.decode(list(one.prompt))),
@@ -261,6 +309,7 @@ def _greedy(
             )
             for one in worst
         ],
+        shortened=shortened,
     )
 
 
@@ -273,7 +322,7 @@ def _check(options: AuditOptions) -> None:
         ("--new-tokens", options.new_tokens, 1),
         ("--examples", options.examples, 0),
     ):
-        if number < least:
+        if number is not None and number < least:
             raise UserError(f"{name} {number}: expected at least {least}")
 
 

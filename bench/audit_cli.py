@@ -8,7 +8,9 @@ import typer
 from trsp.pruner.errors import UserError
 
 if TYPE_CHECKING:
-    from trsp.bench.audit_record import AuditRecord, Band, Domain
+    from trsp.bench.audit_record import AuditRecord, Band, Domain, Paired
+
+_SIGNIFICANT = 0.05
 
 
 def audit(
@@ -25,9 +27,15 @@ def audit(
     batch_size: Annotated[int, typer.Option(help="windows at a time")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    prompts: Annotated[int, typer.Option(help="greedy continuations a domain; 0: none")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(help="tokens of each prompt")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="tokens of each continuation")] = 64,
+    prompts: Annotated[
+        int, typer.Option(help="of a domain, for each check of generation; 0: none")
+    ] = 16,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="of each prompt; 64, or half the context")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="of each continuation; 128, or what the context leaves")
+    ] = None,
     examples: Annotated[int, typer.Option(help="tokens that lost most, to keep")] = 10,
     text_field: Annotated[str, typer.Option(help="of jsonl and parquet rows")] = "text",
     trust_remote_code: Annotated[
@@ -142,16 +150,70 @@ def show_audit(record: "AuditRecord") -> None:
                 f"pruned {example.pruned_says!r}",
                 markup=False,
             )
+    for domain in record.domains:
+        for line in generation_lines(domain):
+            console.print(line, markup=False)
     for outcome in record.outcomes:
         value = "not measured" if outcome.value is None else f"{outcome.value:.4g}"
         console.print(
             f"{'pass' if outcome.passed else 'FAIL'}  {outcome.domain}: {outcome.criterion} "
-            f"{value}, limit {outcome.limit:g}",
+            f"{value}, limit {outcome.limit:g}{f'; {outcome.reason}' if outcome.reason else ''}",
             style=None if outcome.passed else "red",
             markup=False,
         )
     if record.passed is not None:
         console.print("accepted" if record.passed else "NOT accepted")
+
+
+def generation_lines(domain: "Domain") -> list[str]:
+    """What the checks of generation found, in words and numbers; none where they were left out."""
+    lines = []
+    if domain.greedy is not None and domain.greedy.shortened is not None:
+        lines.append(f"greedy continuations have {domain.greedy.shortened}")
+    found = domain.generation
+    if found is None:
+        return [f"{domain.name}: {line}" for line in lines]
+    free = _told(found.loops.free, "continuations without a loop at their end")
+    if found.loops.distinct_dense is not None and found.loops.distinct_pruned is not None:
+        free += (
+            f"; different runs of three tokens {found.loops.distinct_dense:.0%} -> "
+            f"{found.loops.distinct_pruned:.0%}"
+        )
+    opened = ", ".join(f"{count} {sign}" for sign, count in found.closing.opened.items())
+    lines += [
+        free,
+        _told(
+            found.closing.right,
+            f"open brackets and quotations ({opened or 'none'}) closed in "
+            f"{found.closing.new_tokens} tokens",
+        ),
+    ]
+    for copy in found.copies:
+        of = "the text" if copy.source == "text" else "random tokens"
+        lines.append(_told(copy.right, f"tokens copied in spans of {copy.length} of {of}"))
+    for one in found.sums:
+        lines.append(_told(one.right, f"sums of {one.digits}-digit numbers"))
+    lines.append(
+        f"{found.num_prompts:,} prompts and {found.num_new_tokens:,} new tokens for each model"
+    )
+    return [f"{domain.name}: {line}" for line in lines]
+
+
+def _told(paired: "Paired", what: str) -> str:
+    """One sentence; a difference is called one only where prompts can tell it from chance."""
+    if not paired.comparable:
+        return (
+            f"{what}: the dense model cannot do it: {paired.dense} of {paired.cases} right, "
+            f"{paired.needed} needed; nothing is compared"
+        )
+    verdict = "no difference shown"
+    if paired.p < _SIGNIFICANT:
+        verdict = "LOST" if paired.lost > paired.gained else "gained"
+    return (
+        f"{what}: dense {paired.dense}, pruned {paired.pruned} of {paired.cases}; "
+        f"{paired.only_dense} lost, {paired.only_pruned} gained; {verdict} (p {paired.p:.2g} over "
+        f"{paired.num_prompts} prompts)"
+    )
 
 
 def _occurs(band: "Band") -> str:

@@ -93,6 +93,7 @@ class Greedy(_Frozen):
         same_places: mean share of places with the same token.
         identical: share of prompts whose whole continuation is the same.
         worst: those that part first.
+        shortened: why there are fewer new tokens than the default, where there are.
     """
 
     num_prompts: Count
@@ -102,6 +103,116 @@ class Greedy(_Frozen):
     same_places: Share
     identical: Share
     worst: list[ContinuedText]
+    shortened: str | None = None
+
+
+class Paired(_Frozen):
+    """The same cases put to both models, one or more in a prompt.
+
+    Attributes:
+        both, only_dense, only_pruned, neither: cases by who gets them right.
+        lost, gained: prompts of which the pruned model gets fewer and more cases right.
+        p: of as uneven a split between lost and gained by chance, two-sided exact.
+        needed: cases that the dense model must get right; with fewer nothing is compared.
+    """
+
+    num_prompts: Count
+    both: Count
+    only_dense: Count
+    only_pruned: Count
+    neither: Count
+    lost: Count
+    gained: Count
+    p: Share
+    needed: Count
+
+    @property
+    def cases(self) -> int:
+        """How many there are."""
+        return self.both + self.only_dense + self.only_pruned + self.neither
+
+    @property
+    def dense(self) -> int:
+        """Cases that the dense model gets right."""
+        return self.both + self.only_dense
+
+    @property
+    def pruned(self) -> int:
+        """Cases that the pruned model gets right."""
+        return self.both + self.only_pruned
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the dense model gets enough right to lose some."""
+        return self.dense >= self.needed
+
+
+class Loops(_Frozen):
+    """`free`: continuations of `new_tokens` whose last half is no cycle.
+
+    `distinct_dense`, `distinct_pruned`: different runs of three tokens over all, mean over the
+    continuations; None, as no case, where they are too short to tell.
+    """
+
+    new_tokens: Count
+    free: Paired
+    distinct_dense: Share | None
+    distinct_pruned: Share | None
+
+
+class Closing(_Frozen):
+    """Prompts that end inside a bracket or quotation, which the text closes soon.
+
+    Attributes:
+        num_places: such places in the text.   opened: prompts by opening sign.
+        right: closed within `new_tokens`.
+    """
+
+    prompt_tokens: Count
+    new_tokens: Count
+    num_places: Count
+    opened: dict[str, int]
+    right: Paired
+
+
+class Copies(_Frozen):
+    """Spans said again, of the text or of random tokens of it.
+
+    Attributes:
+        length: tokens of a span, of which the first `given` are given.
+        num_known: tokens that are no case, as a model finds them at first sight.
+    """
+
+    source: Literal["text", "random"]
+    length: Count
+    given: Count
+    num_known: Count
+    right: Paired
+
+
+class Sums(_Frozen):
+    """Sums of two numbers of so many digits, after three examples."""
+
+    digits: Count
+    right: Paired
+
+
+class Generation(_Frozen):
+    """Skills of generation; see `generation_checks`.
+
+    Attributes:
+        sums: the same in every domain.
+        num_prompts, num_new_tokens: of all checks, put to and made by each model.
+        seconds: for brackets and copies, both models.
+    """
+
+    loops: Loops
+    closing: Closing
+    copies: list[Copies]
+    sums: list[Sums]
+    num_prompts: Count
+    num_new_tokens: Count
+    seconds: float
 
 
 class Domain(_Frozen):
@@ -116,16 +227,22 @@ class Domain(_Frozen):
     bands: list[Band]
     greedy: Greedy | None
     examples: list[Example]
+    # Records of before these checks lack it.
+    generation: Generation | None = None
 
 
 class Outcome(_Frozen):
-    """One criterion in one domain. `value` None: it could not be measured, and so not passed."""
+    """One criterion in one domain.
+
+    `value` None: it could not be measured, for this `reason`, and so not passed.
+    """
 
     criterion: str
     domain: str
     limit: float
     value: float | None
     passed: bool
+    reason: str | None = None
 
 
 class AuditRecord(_Frozen):

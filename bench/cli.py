@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from trsp.bench.audit_cli import audit
+from trsp.bench.compare_cli import compare
 from trsp.bench.plan_cli import plan
 from trsp.bench.report_cli import report
 from trsp.bench.serve_cli import serve as bench_serve
@@ -16,6 +17,7 @@ from trsp.serving.cli import mount as mount_serve
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure: kernels, serving.")
 app.add_typer(bench, name="bench")
 app.command()(audit)
+app.command()(compare)
 app.command()(report)
 bench.command("serve")(bench_serve)
 app.command()(plan)

@@ -71,7 +71,9 @@ def compare_tokens(
         for number in range(len(batch)):
             (places,) = torch.nonzero(targets[number] >= 0, as_tuple=True)
             for part in places.split(_CHUNK_TOKENS):
-                found = _compared(ours[number, part], theirs[number, part], targets[number, part])
+                found = compare_predictions(
+                    ours[number, part], theirs[number, part], targets[number, part]
+                )
                 found |= {"window": torch.full_like(part, done + number), "offset": part + 1}
                 for name, values in found.items():
                     rows.setdefault(name, []).append(values.cpu())
@@ -89,8 +91,8 @@ def compare_tokens(
     return TokenLosses(**columns)
 
 
-def _compared(ours: Tensor, theirs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Logits [n, V] of both models for targets [n]."""
+def compare_predictions(ours: Tensor, theirs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Losses, divergence and choices for logits [n, V] of both models and targets [n], each [n]."""
     log_p, log_q = F.log_softmax(ours.float(), -1), F.log_softmax(theirs.float(), -1)
     return {
         "token": targets,

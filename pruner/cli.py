@@ -131,6 +131,8 @@ def prune(
             progress=progress,
             **words,
         )
+    for warning in report["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
     _show(report, as_json, _report_lines(report))
 
 

@@ -56,6 +56,10 @@ class StageCost:
         elif self.start_bytes is not None:
             self.peak_bytes = _status_bytes("VmHWM")
 
+    def elapsed(self) -> float:
+        """Seconds since the stage began, while it runs."""
+        return time.perf_counter() - self._started
+
     def to_document(self) -> dict[str, Any]:
         return {
             "device": self.device,

@@ -30,8 +30,11 @@ class Teacher:
     @torch.no_grad()
     def logits(self, sequences: list[int]) -> Tensor:
         """Logits [B, T, V] of these calibration sequences, on the head's device."""
-        device = next(self._head.parameters()).device
-        return _apply_head(self._head, self._soft_cap, self._hidden[sequences].to(device))
+        return _apply_head(self._head, self._soft_cap, self.hidden(sequences))
+
+    def hidden(self, sequences: list[int]) -> Tensor:
+        """Last hidden states [B, T, D] of these calibration sequences, on the head's device."""
+        return self._hidden[sequences].to(next(self._head.parameters()).device)
 
 
 def _apply_head(head: nn.Module, soft_cap: float | None, hidden: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from trsp.pruner.recipe import Recipe, recipe_yaml
 from trsp.pruner.run import Run, base_model_of, free_memory
 from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.signals import stopping_on_signals
+from trsp.pruner.text_checks import bits_per_byte
 from trsp.pruner.vllm_process import require_vllm
 
 REPORT_NAME = "trsp_report.json"
@@ -64,13 +65,14 @@ def prune(
         given = _given_map(run, layer_map)
         if given is None:
             run.check_target()
+        run.refuse_same_files()
         calibration = run.calibration()
         if given is None and calibration is None:
             raise UserError(
                 "nothing says which layers go: give text to learn from (--data), or name the "
                 "layers (--keep, --map)"
             )
-        run.check_evaluation_text()
+        run.check_evaluation_text(calibration)
         run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
         try:
@@ -100,6 +102,8 @@ def _run_stages(
     record = None
     if calibration is not None and run.recipe.transfer.enabled:
         record = run.transfer(given, calibration)
+    if calibration is not None:
+        run.measure_calibration_text(calibration, record)
     return _publish(run, given, record, out, overwrite, vllm, command)
 
 
@@ -177,8 +181,9 @@ def describe(
     checkpoint, num_layers = run.checkpoint, run.checkpoint.num_hidden_layers
     lines = [f"model      {model}: {num_layers} layers"]
     given = _given_map(run, layer_map)
+    run.refuse_same_files()
     calibration = run.calibration()
-    run.check_evaluation_text()
+    run.check_evaluation_text(calibration)
     if calibration is not None:
         num_sequences, length = calibration.input_ids.shape
         lines.append(f"text       {num_sequences} sequences of {length} tokens")
@@ -271,7 +276,12 @@ def _publish(
         "costs": run.costs,
     }
     if run.recipe.evaluation.data:
-        report["evaluation"] = {"dense": _evaluate(run, run.model, "dense")}
+        dense = _evaluate(run, run.model, "dense")
+        report["evaluation"] = {"dense": dense}
+        if run.texts.held_out_bytes is not None:
+            run.texts.held_out_bits = bits_per_byte(dense["loss"], run.texts.held_out_bytes)
+    report["texts"] = run.texts.to_document()
+    report["warnings"] = report["texts"].pop("warnings")
 
     compaction = ExitStack()
 

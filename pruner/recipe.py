@@ -22,6 +22,10 @@ Fraction = Field(gt=0, lt=1)
 FuseNorms = Literal["auto", "on", "off"]
 
 
+# How the chosen layers close: all together, one after the other, never, or before the first step.
+Anneal = Literal["linear", "progressive", "none", "closed"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -73,11 +77,13 @@ class TransferRecipe(_Section):
     label_weight: float = Field(0.0, ge=0)
     distill_weight: float = Field(1.0, ge=0)
     temperature: float = Field(1.0, gt=0)
+    by_entropy: bool = Field(False, description="weigh the distilled tokens by teacher entropy")
+    hidden_weight: float = Field(0.0, ge=0, description="of the last hidden states' distance")
     lambda2: float = Field(0.03, ge=0)
     norm: Literal["l1", "l2", "l2_squared"] = "l2"
     norm_units: Literal["relative", "absolute"] = "relative"
     ramp_fraction: float = Field(0.0, ge=0, le=1, description="lambda2 grows from 0 over this part")
-    anneal: Literal["linear", "none"] = "linear"
+    anneal: Anneal = "linear"
     anneal_fraction: float = Field(0.25, gt=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_activations: bool = False
@@ -86,8 +92,10 @@ class TransferRecipe(_Section):
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Self:
-        if self.label_weight == 0 and self.distill_weight == 0:
-            raise ValueError("label_weight and distill_weight are both 0: nothing to learn from")
+        if self.label_weight == self.distill_weight == self.hidden_weight == 0:
+            raise ValueError(
+                "label_weight, distill_weight and hidden_weight are all 0: nothing to learn from"
+            )
         if self.fuse_norms == "on" and self.checkpoint_activations:
             raise ValueError("fuse_norms 'on' excludes checkpoint_activations: choose 'auto'")
         micro = self.micro_batch_size
@@ -105,6 +113,7 @@ class EvaluationRecipe(_Section):
     window: int | None = Field(None, ge=8)
     stride: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
+    allow_overlap: bool = Field(False, description="evaluate on calibration text all the same")
 
 
 class Recipe(_Section):

@@ -32,8 +32,19 @@ from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe
 from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.selection import check_target, select_layers
+from trsp.pruner.text_checks import (
+    WARNED_SHARE,
+    TextFindings,
+    bits_per_byte,
+    bytes_per_token,
+    describe_overlap,
+    overlap,
+    refuse_same_files,
+    require_no_overlap,
+)
 from trsp.pruner.text_files import read_texts
-from trsp.pruner.transfer import TransferState, transfer
+from trsp.pruner.transfer import NUM_MEASURED_SEQUENCES, TransferState, transfer
+from trsp.pruner.windows import token_stream
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Run:
     progress: Progress = silent
     check: Callable[[], None] = lambda: None
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: TextFindings = field(default_factory=TextFindings)
 
     def __post_init__(self) -> None:
         self.checkpoint = open_checkpoint(self.model, trust_remote_code=self.trust_remote_code)
@@ -115,12 +127,46 @@ class Run:
         trial = sorted(set(range(num_layers)) - set(removable[:count]))
         rewrite_config(dict(self.checkpoint.config), trial)
 
-    def check_evaluation_text(self) -> None:
-        """Read the held-out text once: a mistake in it must not cost the run."""
-        if self.recipe.evaluation.data:
-            field = self.recipe.calibration.text_field
-            for _ in read_texts(self.recipe.evaluation.data, field, progress=self.progress):
+    def refuse_same_files(self) -> None:
+        """Refuse held-out files that are calibration files, before anything is tokenized."""
+        recipe = self.recipe
+        texts = (recipe.calibration.data, recipe.evaluation.data)
+        if all(texts) and not recipe.evaluation.allow_overlap:
+            refuse_same_files(*texts)
+
+    def check_evaluation_text(self, calibration: CalibrationSet | None) -> None:
+        """Read the held-out text once: a mistake in it, or of it, must not cost the run."""
+        recipe, text_field = self.recipe.evaluation, self.recipe.calibration.text_field
+        if recipe.data and calibration is None:
+            for _ in read_texts(recipe.data, text_field, progress=self.progress):
                 pass
+        elif recipe.data and calibration is not None:
+            tokenizer = self.tokenizer()
+            held_out = token_stream(
+                recipe.data,
+                tokenizer,
+                max_tokens=recipe.max_tokens,
+                text_field=text_field,
+                progress=self.progress,
+            ).ids
+            check = overlap if recipe.allow_overlap else require_no_overlap
+            found = check(calibration.input_ids, held_out)
+            self.texts.overlap = found
+            self.texts.held_out_bytes = bytes_per_token(tokenizer, held_out)
+            if found.share > WARNED_SHARE or found.too_much:
+                self.texts.warnings.append(describe_overlap(found, held_out, tokenizer))
+
+    def measure_calibration_text(
+        self, calibration: CalibrationSet, transfer_record: dict[str, Any] | None
+    ) -> None:
+        """Keep how well the dense model knows the calibration text; a stage has measured it."""
+        loss = (self.folder.read_record("selection_record") or {}).get("dense_loss")
+        count = self.recipe.selection.verification_sequences
+        if loss is None and transfer_record is not None:
+            loss, count = transfer_record["loss_dense"], NUM_MEASURED_SEQUENCES
+        if loss is not None:
+            num_bytes = bytes_per_token(self.tokenizer(), calibration.input_ids[:count])
+            self.texts.calibration_bits = bits_per_byte(loss, num_bytes)
 
     def require_disk(self, *, trained: bool) -> None:
         """Check the space for the output and, with stage 2, its state and its result."""
@@ -166,7 +212,10 @@ class Run:
             calibration=calibration.as_record(),
             steps=state.rounds,
         )
-        self.folder.write_record("selection_record", {"cost": self.costs["selection"]})
+        self.folder.write_record(
+            "selection_record",
+            {"cost": self.costs["selection"], "dense_loss": state.dense_loss},
+        )
         write_layer_map(layer_map, self.folder.layer_map)
         return layer_map
 
@@ -196,7 +245,7 @@ class Run:
                 model,
                 calibration.input_ids,
                 recipe,
-                dropped=layer_map.dropped,
+                dropped=layer_map.removal_order,
                 seed=self.recipe.seed,
                 state=self.folder.transfer_state(),
                 on_step=saver,

@@ -1,22 +1,26 @@
 """Stage 2: move the chosen layers' knowledge into the kept ones, before anything is deleted.
 
-    loss = label_weight * L_LM + distill_weight * KL(dense || model) + lambda2 * sum_i n_i
+    loss = label_weight * L_LM + distill_weight * KL(dense || model)
+         + hidden_weight * H + lambda2 * sum_i n_i
 
 n_i is the mean over tokens of ||y - x|| / ||x|| of chosen layer i (or of ||y - x||: absolute
 units), so lambda2 does not depend on batch, length or, in relative units, on the scale of the
 residual stream. The paper's form (arXiv 2505.18232, stage 2) is label_weight 1, distill_weight 0.
 One Frobenius norm over B x T tokens, as in its authors' release, is lambda2 * sqrt(B * T) here.
+H is the relative squared distance of the last hidden states from the dense model's.
 
 With `anneal: linear` the chosen layers' gates fall from 1 to exactly 0 over the first
 `anneal_fraction` of the steps: whatever of them is left then, deletion changes nothing. From
-there on they are skipped, and a step costs what a step of the shallower model costs.
+there on they are skipped, and a step costs what a step of the shallower model costs. With
+`progressive` they fall one after the other over that part, in the order of removal. `closed` skips
+them from the first step on: that is pruning, then training, said by its name.
 
 L layers, N sequences, T tokens.
 """
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +32,12 @@ from trsp.pruner.distillation import Teacher, record_teacher
 from trsp.pruner.errors import RunError
 from trsp.pruner.families import text_config
 from trsp.pruner.gated_model import GatedModel
-from trsp.pruner.losses import distillation_loss, language_model_loss, require_finite
+from trsp.pruner.losses import (
+    distillation_loss,
+    hidden_state_loss,
+    language_model_loss,
+    require_finite,
+)
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import LoraRecipe, TransferRecipe
 from trsp.pruner.sampling import batch_indices
@@ -91,7 +100,7 @@ def transfer(
         model: the dense model; its parameters' dtype is what the optimizer works in, so load it
             in fp32 for full-parameter transfer.
         input_ids: calibration tokens [N, T].
-        dropped: the layers that will be deleted.
+        dropped: the layers that will be deleted, in order of removal.
         state: where an interrupted transfer stopped; `model` must be the dense model again.
         on_step: called after every step with the number of finished steps and a function that
             captures the state; it may raise to stop the run.
@@ -100,7 +109,7 @@ def transfer(
         RunError: a loss or gradient that is not finite, with its step and batch.
     """
     teacher = None
-    if recipe.distill_weight > 0:
+    if recipe.distill_weight > 0 or recipe.hidden_weight > 0:
         micro = recipe.micro_batch_size or recipe.batch_size
         with autocast(model, recipe):
             teacher = record_teacher(model, input_ids, batch_size=micro, progress=progress)
@@ -129,12 +138,21 @@ def transfer(
         return _measure_end(gated, sample, recipe, dropped, records, loss_dense)
 
 
-def anneal_gate(recipe: TransferRecipe, step: int) -> float:
-    """The chosen layers' gate at `step`: 1 without annealing, else linear from 1 to exactly 0."""
-    if recipe.anneal == "none":
-        return 1.0
+def anneal_gates(recipe: TransferRecipe, step: int, dropped: tuple[int, ...]) -> dict[int, float]:
+    """The chosen layers' gates at `step`: from 1 linearly to exactly 0 where they are annealed.
+
+    All of them over the first `anneal_fraction` of the steps (linear), or each over its own part of
+    that (progressive), `dropped` being in order of removal.
+    """
+    if recipe.anneal in ("none", "closed"):
+        return dict.fromkeys(dropped, 1.0 if recipe.anneal == "none" else 0.0)
     last = max(1, math.ceil(recipe.anneal_fraction * recipe.steps) - 1)
-    return max(0.0, 1.0 - step / last)
+    parts = len(dropped) if recipe.anneal == "progressive" else 1
+    gates = {}
+    for place, layer in enumerate(dropped):
+        done = step / last * parts - (place if parts > 1 else 0)
+        gates[layer] = 0.0 if step >= last else min(1.0, max(0.0, 1.0 - done))
+    return gates
 
 
 def learning_rate(recipe: TransferRecipe, hidden_size: int, step: int) -> float:
@@ -188,8 +206,8 @@ class TransferLoop:
     def step(self, step: int) -> dict[str, float]:
         """Run one optimizer step; its losses (means over micro-batches) in nats."""
         recipe, model = self.recipe, self.gated.model
-        gate = anneal_gate(recipe, step)
-        self._set_gates(gate)
+        gates = anneal_gates(recipe, step, self.dropped)
+        self._set_gates(gates)
         sequences = batch_indices(
             step, num_sequences=len(self.input_ids), batch_size=recipe.batch_size, seed=self.seed
         )
@@ -197,7 +215,8 @@ class TransferLoop:
         num_micro = recipe.batch_size // micro
         ramp = recipe.ramp_fraction * recipe.steps
         lambda2 = recipe.lambda2 * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
-        record = dict.fromkeys(("loss", "label_loss", "distill_loss", "penalty"), 0.0)
+        names = ("loss", "label_loss", "distill_loss", "hidden_loss", "penalty")
+        record = dict.fromkeys(names, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, recipe.batch_size, micro):
             part = sequences[start : start + micro]
@@ -211,33 +230,39 @@ class TransferLoop:
         rate = learning_rate(recipe, text_config(model).hidden_size, step)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+        gate = sum(gates.values()) / len(gates)
         return {**record, "gate": gate, "learning_rate": rate, "grad_norm": float(norm)}
 
-    def _set_gates(self, gate: float) -> None:
-        gated, chosen = self.gated, frozenset(self.dropped)
-        gated.skipped = chosen if gate == 0.0 else frozenset()
-        gated.gated = frozenset() if gate in (0.0, 1.0) else chosen
-        gated.gates = torch.full(
-            (gated.num_layers,), gate, dtype=torch.float32, device=gated.model.device
-        )
-        penalised = self.recipe.lambda2 > 0 and gate != 0.0
-        gated.measured = chosen if penalised else frozenset()
+    def _set_gates(self, gates: dict[int, float]) -> None:
+        gated = self.gated
+        opened = frozenset(layer for layer, gate in gates.items() if gate != 0.0)
+        gated.skipped = frozenset(gates) - opened
+        gated.gated = frozenset(layer for layer in opened if gates[layer] != 1.0)
+        gated.gates = torch.ones(gated.num_layers, dtype=torch.float32)
+        gated.gates[list(gates)] = torch.tensor(list(gates.values()))
+        gated.gates = gated.gates.to(gated.model.device)
+        gated.measured = opened if self.recipe.lambda2 > 0 else frozenset()
 
     def _forward(self, sequences: list[int], lambda2: float) -> dict[str, Tensor]:
         recipe, gated = self.recipe, self.gated
         batch = self.input_ids[sequences].to(gated.model.device)
-        with autocast(gated.model, recipe):
+        with autocast(gated.model, recipe), _last_hidden(gated.model, recipe) as hidden:
             logits = gated.logits(batch)
         loss = torch.zeros((), device=logits.device)
         terms = {}
         if recipe.label_weight > 0:
             terms["label_loss"] = language_model_loss(logits, batch)
             loss = loss + recipe.label_weight * terms["label_loss"]
-        if self.teacher is not None:
+        if self.teacher is not None and recipe.distill_weight > 0:
             with autocast(gated.model, recipe):
                 target = self.teacher.logits(sequences)
-            terms["distill_loss"] = distillation_loss(logits, target, recipe.temperature)
+            terms["distill_loss"] = distillation_loss(
+                logits, target, recipe.temperature, by_entropy=recipe.by_entropy
+            )
             loss = loss + recipe.distill_weight * terms["distill_loss"]
+        if self.teacher is not None and recipe.hidden_weight > 0:
+            terms["hidden_loss"] = hidden_state_loss(hidden[0], self.teacher.hidden(sequences))
+            loss = loss + recipe.hidden_weight * terms["hidden_loss"]
         if gated.measured:
             penalty = (
                 lambda2
@@ -269,6 +294,24 @@ class TransferLoop:
 
 
 @contextlib.contextmanager
+def _last_hidden(model: PreTrainedModel, recipe: TransferRecipe) -> Iterator[list[Tensor]]:
+    """What enters the output head [B, T, D] in the block's forward pass, where it is distilled."""
+    seen: list[Tensor] = []
+    if recipe.hidden_weight == 0:
+        yield seen
+        return
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def _trainable(model: PreTrainedModel, lora: LoraRecipe | None) -> Any:
     """The parameters to train, by name: all, or LoRA's, which are merged when the block ends."""
     if lora is None:
@@ -296,7 +339,7 @@ def _measure_end(
 ) -> TransferResult:
     """The residual difference and the jump in loss at deletion, on calibration text."""
     micro = recipe.micro_batch_size or recipe.batch_size
-    final_gate = anneal_gate(recipe, recipe.steps - 1)
+    final_gate = anneal_gates(recipe, recipe.steps - 1, dropped)
     gated.skipped, gated.gated, gated.measured = frozenset(), frozenset(), frozenset(dropped)
     branch = dict.fromkeys(sorted(dropped), 0.0)
     before = 0.0
@@ -313,9 +356,9 @@ def _measure_end(
     require_finite(after, "the loss after deletion", recipe.steps, list(range(len(sample))))
     return TransferResult(
         steps=tuple(records),
-        residual_difference={layer: final_gate * value for layer, value in branch.items()},
+        residual_difference={layer: final_gate[layer] * branch[layer] for layer in branch},
         branch_difference=branch,
         loss_dense=loss_dense,
-        loss_before_deletion=after if final_gate == 0.0 else before,
+        loss_before_deletion=before if any(final_gate.values()) else after,
         loss_after_deletion=after,
     )

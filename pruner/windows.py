@@ -118,7 +118,9 @@ def cut_windows(
         raise UserError("add_bos is asked for, but the tokenizer has no bos token")
     if not paths:
         raise UserError("no text to evaluate on is given; name a text file or a folder")
-    text = _tokenize(paths, tokenizer, text_field, max_tokens, progress)
+    text = token_stream(
+        paths, tokenizer, max_tokens=max_tokens, text_field=text_field, progress=progress
+    )
     if len(text.ids) < held:
         raise UserError(
             f"the text has {len(text.ids)} tokens, one window needs {held};"
@@ -152,7 +154,7 @@ def cut_windows(
 
 
 @dataclass(frozen=True)
-class _Text:
+class TokenStream:
     """The stream [S] int64; sha256 over the documents' UTF-8, a zero byte between two."""
 
     ids: Tensor
@@ -160,14 +162,18 @@ class _Text:
     sha256: str
 
 
-def _tokenize(
+def token_stream(
     paths: Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
-    text_field: str,
-    max_tokens: int | None,
-    progress: Progress,
-) -> _Text:
-    """Read, hash and tokenize documents, no more of them than max_tokens needs."""
+    *,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    progress: Progress = silent,
+) -> TokenStream:
+    """Read, hash and tokenize documents, no more of them than max_tokens needs.
+
+    Arguments and errors are those of cut_windows.
+    """
     digest = hashlib.sha256()
     ids: list[int] = []
     num_documents = 0
@@ -180,7 +186,7 @@ def _tokenize(
         num_documents += 1
         digest.update(document.encode())
         ids += _first_tokens(document, tokenizer, None if max_tokens is None else max_tokens)
-    return _Text(
+    return TokenStream(
         torch.tensor(ids[:max_tokens], dtype=torch.long), num_documents, digest.hexdigest()
     )
 

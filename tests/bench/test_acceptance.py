@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from trsp.bench.acceptance import VALUES, judge, read_criteria
-from trsp.bench.audit_record import Band, Domain, Greedy, Losses
+from trsp.bench.audit_record import (
+    Band,
+    Closing,
+    Copies,
+    Domain,
+    Generation,
+    Greedy,
+    Loops,
+    Losses,
+    Paired,
+    Sums,
+)
 from trsp.pruner.errors import UserError
 
 LOSSES = Losses(
@@ -18,11 +29,39 @@ GREEDY = Greedy(
     num_prompts=2, prompt_tokens=8, new_tokens=8, same_prefix=0.5, same_places=0.6, identical=0.0,
     worst=[],
 )  # fmt: skip
+
+
+def right(both: int, only_dense: int, only_pruned: int, neither: int, needed: int = 5) -> Paired:
+    return Paired(
+        num_prompts=16, both=both, only_dense=only_dense, only_pruned=only_pruned, neither=neither,
+        lost=only_dense, gained=only_pruned, p=0.5, needed=needed,
+    )  # fmt: skip
+
+
+GENERATION = Generation(
+    loops=Loops(
+        new_tokens=64, free=right(4, 6, 2, 4), distinct_dense=0.5, distinct_pruned=0.4
+    ),
+    closing=Closing(
+        prompt_tokens=64, new_tokens=64, num_places=40, opened={"(": 16}, right=right(9, 1, 3, 3)
+    ),
+    copies=[
+        Copies(source="text", length=8, given=2, num_known=3, right=right(30, 10, 1, 1)),
+        Copies(source="text", length=16, given=4, num_known=3, right=right(2, 2, 90, 1)),
+        Copies(source="random", length=8, given=2, num_known=3, right=right(0, 60, 0, 0)),
+    ],
+    sums=[Sums(digits=1, right=right(3, 2, 0, 11)), Sums(digits=2, right=right(0, 4, 0, 12))],
+    num_prompts=96,
+    num_new_tokens=999,
+    seconds=1.0,
+)  # fmt: skip
 RARE = Band(least=1, most=1, losses=LOSSES.model_copy(update={"increase": 0.75}))
 # By criterion: what the domain below has.
 MEASURED = {
     "perplexity_ratio": 1.0, "tail_ratio": 1.25, "worst_increase": 3.0, "rare_increase": 0.75,
     "top1_agreement": 0.8, "top1_lost": 0.1, "kl": 0.25, "greedy_prefix": 0.5,
+    # Parts of which the dense model can do too little have no say in what was kept.
+    "loops_increase": 0.25, "closed_kept": 0.9, "copy_kept": 0.75, "arithmetic_kept": 0.6,
 }  # fmt: skip
 
 
@@ -30,7 +69,7 @@ def domain(name: str = "books", **changes: Any) -> Domain:
     fields: dict[str, Any] = {
         "name": name, "files": ["a.txt"], "protocol": {}, "dense_perplexity": 7.0,
         "pruned_perplexity": 7.0, "losses": LOSSES, "bands": [RARE], "greedy": GREEDY,
-        "examples": [],
+        "examples": [], "generation": GENERATION,
     }  # fmt: skip
     return Domain(**(fields | changes))
 
@@ -53,23 +92,49 @@ def test_a_limit_is_met_at_the_limit_and_missed_beyond_it(criterion: str, tmp_pa
         (outcome,) = judge(criteria(f"{criterion}: {limit!r}", tmp_path), [domain()])
         assert outcome.value == pytest.approx(measured)
         assert outcome.passed is passed
+        assert outcome.reason is None
+
+
+def without(**parts: Any) -> dict[str, Any]:
+    return {"generation": GENERATION.model_copy(update=parts)}
 
 
 @pytest.mark.parametrize(
-    ("criterion", "changes"),
+    ("criterion", "changes", "told"),
     [
-        ("greedy_prefix", {"greedy": None}),
-        ("rare_increase", {"bands": []}),
-        ("top1_lost", {"losses": LOSSES.model_copy(update={"top1_lost": None})}),
-        ("tail_ratio", {"losses": LOSSES.model_copy(update={"tail_dense": 0.0})}),
+        ("greedy_prefix", {"greedy": None}, "--prompts is 0"),
+        ("rare_increase", {"bands": []}, "no tokens"),
+        ("top1_lost", {"losses": LOSSES.model_copy(update={"top1_lost": None})}, "never right"),
+        ("tail_ratio", {"losses": LOSSES.model_copy(update={"tail_dense": 0.0})}, "loses nothing"),
+        ("loops_increase", {"generation": None}, "--prompts is 0"),
+        ("closed_kept", {"generation": None}, "--prompts is 0"),
+        ("copy_kept", {"generation": None}, "--prompts is 0"),
+        ("arithmetic_kept", {"generation": None}, "--prompts is 0"),
+        (
+            "loops_increase",
+            without(loops=GENERATION.loops.model_copy(update={"free": right(4, 0, 2, 10)})),
+            "without a loop in 4 of 16; 5 are needed",
+        ),
+        (
+            "closed_kept",
+            without(closing=GENERATION.closing.model_copy(update={"right": right(4, 0, 0, 1)})),
+            "closes 4 of 5 where 5 are needed",
+        ),
+        ("copy_kept", without(copies=GENERATION.copies[1:]), "copies 4 of 95 where 5 are needed"),
+        ("copy_kept", without(copies=GENERATION.copies[2:]), "too short"),
+        ("arithmetic_kept", without(sums=[]), "too short"),
+        ("arithmetic_kept", without(sums=GENERATION.sums[1:]), "adds 4 of 16 where 5 are needed"),
     ],
 )
+@pytest.mark.parametrize("limit", ["0", "99"])
 def test_what_was_not_measured_is_not_passed(
-    criterion: str, changes: dict[str, Any], tmp_path: Path
+    criterion: str, changes: dict[str, Any], told: str, limit: str, tmp_path: Path
 ) -> None:
-    (outcome,) = judge(criteria(f"{criterion}: 0.0001", tmp_path), [domain(**changes)])
+    (outcome,) = judge(criteria(f"{criterion}: {limit}", tmp_path), [domain(**changes)])
     assert outcome.value is None
     assert not outcome.passed
+    assert outcome.reason is not None
+    assert told in outcome.reason
 
 
 def test_a_domain_has_limits_of_its_own(tmp_path: Path) -> None:
@@ -78,6 +143,16 @@ def test_a_domain_has_limits_of_its_own(tmp_path: Path) -> None:
     told = [(outcome.domain, outcome.criterion, outcome.limit, outcome.passed) for outcome in found]
     assert told == [
         ("books", "kl", 1, True), ("law", "kl", 0.1, False), ("law", "top1_lost", 0.5, True),
+    ]  # fmt: skip
+
+
+def test_a_domain_has_limits_of_its_own_for_generation(tmp_path: Path) -> None:
+    text = "copy_kept: 0.7\ndomains:\n  law: {copy_kept: 0.8, arithmetic_kept: 0.6}\n"
+    found = judge(criteria(text, tmp_path), [domain("books"), domain("law")])
+    told = [(outcome.domain, outcome.criterion, outcome.limit, outcome.passed) for outcome in found]
+    assert told == [
+        ("books", "copy_kept", 0.7, True), ("law", "copy_kept", 0.8, False),
+        ("law", "arithmetic_kept", 0.6, True),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from trsp.bench.audit import AuditOptions, audit, frequency_bands, summarize
-from trsp.bench.audit_record import AuditRecord, Domain, read_audit_record
+from trsp.bench.audit_cli import generation_lines
+from trsp.bench.audit_record import AuditRecord, Domain, Sums, read_audit_record
 from trsp.bench.cli import app
+from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.token_losses import TokenLosses, compare_tokens
 from trsp.pruner.api import compact
@@ -175,6 +178,36 @@ def test_what_does_not_fit_the_context_is_refused(pico_llama: Path, held_out_fil
         audit(options(pico_llama, pico_llama, held_out_file, prompt_tokens=64, new_tokens=65))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        # The model takes 128 positions.
+        ({"prompt_tokens": None, "new_tokens": None}, (64, 64, "64 of 128 tokens: the model's")),
+        ({"prompt_tokens": 120, "new_tokens": None}, (120, 8, "8 of 128 tokens: the model's")),
+        ({"prompt_tokens": None, "new_tokens": 5}, (64, 5, None)),
+    ],
+)
+def test_defaults_are_made_to_fit_the_context_and_say_so(
+    words: dict[str, Any], told: tuple[int, int, str | None], pico_llama: Path, held_out_file: Path
+) -> None:
+    asked = options(pico_llama, pico_llama, held_out_file, **{"prompts": 2, **words})
+    (domain,) = audit(asked).domains
+    greedy = domain.greedy
+    assert greedy is not None
+    assert (greedy.prompt_tokens, greedy.new_tokens) == told[:2]
+    assert greedy.same_prefix == 1
+    if told[2] is None:
+        assert greedy.shortened is None
+    else:
+        assert (greedy.shortened or "").startswith(told[2])
+        assert any("the model's context" in line for line in generation_lines(domain))
+
+
+def test_a_default_that_no_context_can_make_fit(pico_llama: Path, held_out_file: Path) -> None:
+    with pytest.raises(UserError, match="need 129 positions, the model has 128"):
+        audit(options(pico_llama, pico_llama, held_out_file, prompt_tokens=128, new_tokens=None))
+
+
 def test_two_dtypes_are_refused(pico_llama: Path, held_out_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(pico_llama, other)
@@ -204,6 +237,36 @@ def test_a_model_beside_itself_is_the_same(pico_llama: Path, held_out_file: Path
     assert domain.losses.top1_lost == 0
     assert domain.greedy is not None
     assert (domain.greedy.same_prefix, domain.greedy.identical) == (1, 1)
+    assert domain.generation is not None
+    copies, sums = domain.generation.copies, domain.generation.sums
+    assert [(one.source, one.length) for one in copies] == [
+        ("text", 8), ("text", 16), ("random", 8), ("random", 16),
+    ]  # fmt: skip
+    for one in (*copies, *sums):
+        assert one.right.num_prompts == 3
+        assert one.right.only_dense == one.right.only_pruned == 0
+        assert one.right.p == 1
+    assert all(one.right.cases + one.num_known == 3 * (one.length - one.given) for one in copies)
+
+
+def test_sums_are_asked_once_for_all_domains(
+    pico_llama: Path, held_out_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def check(*words: Any) -> list[Sums]:
+        asked.append(words)
+        return check_sums(*words)
+
+    monkeypatch.setattr("trsp.bench.audit.check_sums", check)
+    asked_of = options(pico_llama, pico_llama, held_out_file)
+    both = replace(asked_of, data={"a": [held_out_file], "b": [held_out_file]})
+    first, second = audit(both).domains
+    assert len(asked) == 1
+    assert first.generation is not None
+    assert second.generation is not None
+    assert first.generation.sums == second.generation.sums
+    assert len(first.generation.sums) == 2
 
 
 def test_the_record_of_a_pruned_model(record: AuditRecord, held_out_file: Path) -> None:
@@ -327,6 +390,7 @@ def test_the_gate(
         (["--data", "=text.txt"], "expected NAME=PATH"),
         (["--data", "a=nowhere.txt"], "nowhere.txt"),
         (["--data", "a=text.txt", "--prompts", "-1"], "--prompts -1: expected at least 0"),
+        (["--data", "a=text.txt", "--new-tokens", "0"], "--new-tokens 0: expected at least 1"),
         (["--data", "a=text.txt", "--accept", "no.yaml"], "no.yaml: cannot be read"),
     ],
 )
@@ -346,6 +410,36 @@ def test_a_record_is_read_back(record: AuditRecord, tmp_path: Path) -> None:
     path.write_text(json.dumps({**record.model_dump(mode="json"), "kind": "serve"}))
     with pytest.raises(UserError, match=r"audit.json: kind"):
         read_audit_record(path)
+
+
+def test_a_record_from_before_the_checks_of_generation_is_read(
+    record: AuditRecord, tmp_path: Path
+) -> None:
+    document = record.model_dump(mode="json")
+    for domain in document["domains"]:
+        del domain["generation"], domain["greedy"]["shortened"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document))
+    old = read_audit_record(path)
+    assert old.domains[0].generation is None
+    assert generation_lines(old.domains[0]) == []
+    assert old.domains[0].losses == record.domains[0].losses
+
+
+def test_the_gate_says_what_could_not_be_measured(
+    pico_llama: Path, shallow: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    accept = tmp_path / "accept.yaml"
+    accept.write_text("arithmetic_kept: 0\nloops_increase: 1\n")
+    found = run(
+        str(pico_llama), str(shallow), "--data", f"held={held_out_file}", "--accept", str(accept),
+        "--window", "32", "--prompts", "2", "--new-tokens", "4",
+    )  # fmt: skip
+    assert found.exit_code == 1, found.output
+    told = " ".join(found.output.split())
+    assert "arithmetic_kept not measured, limit 0; the dense model adds 0 of 2 where 5" in told
+    assert "loops_increase not measured, limit 1; the dense model goes on without" in told
+    assert "sums of 1-digit numbers: the dense model cannot do it: 0 of 2 right" in told
 
 
 def test_a_domain_needs_its_figures(record: AuditRecord) -> None:

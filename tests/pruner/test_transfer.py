@@ -14,9 +14,9 @@ from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.distillation import record_teacher
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.gated_model import GatedModel
-from trsp.pruner.losses import distillation_loss, language_model_loss
+from trsp.pruner.losses import distillation_loss, hidden_state_loss, language_model_loss
 from trsp.pruner.recipe import LoraRecipe, TransferRecipe
-from trsp.pruner.transfer import TransferState, anneal_gate, learning_rate, transfer
+from trsp.pruner.transfer import TransferState, anneal_gates, learning_rate, transfer
 
 DROPPED = (2, 4)
 PAPER: dict[str, Any] = {
@@ -68,10 +68,68 @@ def test_the_gate_falls_to_exactly_zero() -> None:
     for steps in (1, 2, 5, 64, 100):
         for fraction in (0.01, 0.3, 0.5, 1.0):
             recipe = TransferRecipe(steps=steps, anneal_fraction=fraction)
-            gates = [anneal_gate(recipe, step) for step in range(steps)]
+            gates = [anneal_gates(recipe, step, (3,))[3] for step in range(steps)]
             assert gates == sorted(gates, reverse=True)
             assert gates[-1] == 0.0 or steps == 1
             assert gates[0] == 1.0
+
+
+def test_progressive_annealing_closes_one_layer_after_the_other() -> None:
+    recipe = TransferRecipe(steps=40, anneal="progressive", anneal_fraction=0.525)
+    gates = [anneal_gates(recipe, step, (7, 2)) for step in range(40)]
+    assert gates[0] == {7: 1.0, 2: 1.0}
+    assert gates[5] == {7: 0.5, 2: 1.0}
+    assert gates[10] == {7: 0.0, 2: 1.0}
+    assert gates[15] == {7: 0.0, 2: 0.5}
+    assert all(gate == {7: 0.0, 2: 0.0} for gate in gates[20:])
+
+
+def test_closed_layers_take_no_part_from_the_first_step_on(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    result = run(model, tokens, anneal="closed")
+    assert {step["gate"] for step in result.steps} == {0.0}
+    assert {step["penalty"] for step in result.steps} == {0.0}
+    assert result.loss_before_deletion == result.loss_after_deletion
+    moved = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    inside = {name for name in before if any(f".layers.{layer}." in name for layer in DROPPED)}
+    assert not moved & inside
+    assert set(before) - inside == moved
+
+
+def test_progressive_skips_a_closed_layer_while_another_is_open(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    result = run(model, tokens, anneal="progressive", anneal_fraction=1.0)
+    assert result.loss_before_deletion == result.loss_after_deletion
+    assert [step["gate"] for step in result.steps] == sorted(
+        (step["gate"] for step in result.steps), reverse=True
+    )
+
+
+def test_distilling_hidden_states_brings_them_nearer(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    with torch.no_grad():
+        dense = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    settings = {"distill_weight": 0.0, "hidden_weight": 1.0, "anneal": "closed", "steps": 20}
+    result = run(model, tokens, **settings)
+    with torch.no_grad(), GatedModel(model) as gated, gated.masking(DROPPED):
+        after = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    assert result.steps[0]["distill_loss"] == 0.0
+    assert result.steps[-1]["hidden_loss"] < 0.5 * result.steps[0]["hidden_loss"]
+    assert float(hidden_state_loss(after, dense)) < 0.5 * result.steps[0]["hidden_loss"]
+
+
+def test_weighing_by_entropy_counts_unsure_tokens_more() -> None:
+    teacher = torch.tensor([[[0.0, 0.0, 0.0], [20.0, 0.0, 0.0]]])
+    wrong_where_unsure = torch.tensor([[[1.0, 0.0, 0.0], [20.0, 0.0, 0.0]]])
+    plain = distillation_loss(wrong_where_unsure, teacher, 1.0)
+    weighed = distillation_loss(wrong_where_unsure, teacher, 1.0, by_entropy=True)
+    assert float(weighed) == pytest.approx(2 * float(plain), rel=1e-4)
+    wrong_where_sure = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 20.0, 0.0]]])
+    assert float(distillation_loss(wrong_where_sure, teacher, 1.0, by_entropy=True)) < 1e-3
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:

@@ -1,0 +1,145 @@
+"""What `trsp compare` compares: a way to choose layers, then nothing or a way to train.
+
+A method is written SELECTION, SELECTION+RECOVERY or SELECTION+RECOVERY@flops: with the same
+training steps as TRSP, or with as many as TRSP's whole budget of operations pays for.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trsp.pruner.errors import UserError
+from trsp.pruner.recipe import Recipe, SelectionRecipe, TransferRecipe
+
+# The product's selection by name: what differs from the run's own recipe.
+GATES: dict[str, dict[str, Any]] = {
+    "gates": {},
+    "gates_unverified": {"num_candidates": 1},
+    "paper_output_gates": {"gate_kind": "output", "num_candidates": 1, "protected": ()},
+    "paper_residual_gates": {"gate_kind": "residual", "num_candidates": 1, "protected": ()},
+}
+ONE_SHOT = "gates_one_shot"
+# They need no training and leave the weights alone (baseline_orders).
+TRAINING_FREE = (
+    "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor",
+)  # fmt: skip
+# They change kept weights while they choose (baseline_merge, baseline_streamline).
+FOLDS = ("laco", "replace_me", "streamline")
+SELECTIONS = (*GATES, ONE_SHOT, *TRAINING_FREE, *FOLDS)
+
+# Ways to train: what differs from the recipe's transfer section.
+_LABELS = {"label_weight": 1.0, "distill_weight": 0.0}
+RECOVERIES: dict[str, dict[str, Any]] = {
+    "transfer": {},
+    "penalty": {**_LABELS, "anneal": "none", "norm": "l2"},
+    "penalty_l1": {**_LABELS, "anneal": "none", "norm": "l1"},
+    "finetune": {**_LABELS, "anneal": "closed", "lambda2": 0.0},
+    "distil": {"anneal": "closed", "lambda2": 0.0},
+    # Ablations of the transfer.
+    "half_labels": {"label_weight": 0.5, "distill_weight": 0.5},
+    "penalty_distil": {"anneal": "none"},
+    "anneal_labels": {**_LABELS, "lambda2": 0.0},
+    "anneal_only": {"lambda2": 0.0},
+    "progressive": {"anneal": "progressive"},
+    "entropy": {"by_entropy": True},
+    "hidden": {"hidden_weight": 1.0},
+}
+REFERENCE = "gates+transfer"
+LABELS = {
+    "gates": "TRSP selection",
+    "gates_unverified": "TRSP selection, unverified",
+    "gates_one_shot": "TRSP selection, one shot",
+    "paper_output_gates": "paper's gates (output)",
+    "paper_residual_gates": "paper's gates (residual)",
+    "random": "random",
+    "last": "last layers",
+    "block_influence": "ShortGPT",
+    "angular": "angular block (UIDL)",
+    "sleb": "SLEB",
+    "one_shot_loss": "one-shot PPL",
+    "taylor": "Taylor+",
+    "laco": "LaCo-style merge",
+    "replace_me": "ReplaceMe-style fold",
+    "streamline": "LLM-Streamline-style layer",
+}
+DEFAULT_METHODS = (
+    *(name for name in SELECTIONS if name not in ("gates_unverified", "gates_one_shot")),
+    "paper_output_gates+penalty",
+    "paper_output_gates+penalty_l1",
+    "paper_residual_gates+penalty",
+    "paper_residual_gates+penalty_l1",
+    *(
+        f"{name}+{recovery}"
+        for name in ("block_influence", "sleb", "gates")
+        for recovery in ("finetune", "finetune@flops", "distil", "distil@flops")
+    ),
+    REFERENCE,
+)
+Budget = Literal["tokens", "flops"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        recovery: a key of RECOVERIES, or None: the layers go and nothing is trained.
+        budget: what the training may spend, next to the reference's.
+    """
+
+    selection: str
+    recovery: str | None = None
+    budget: Budget = "tokens"
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line."""
+        if self.recovery is None:
+            return self.selection
+        end = "@flops" if self.budget == "flops" else ""
+        return f"{self.selection}+{self.recovery}{end}"
+
+    @property
+    def label(self) -> str:
+        """For a table."""
+        if self.name == REFERENCE:
+            return "TRSP"
+        label = LABELS[self.selection]
+        if self.recovery is None:
+            return label
+        what = self.recovery.replace("_", " ")
+        return f"{label} + {what}{', same FLOPs' if self.budget == 'flops' else ''}"
+
+    def selection_recipe(self, recipe: Recipe) -> SelectionRecipe:
+        """The recipe's selection with what this method changes of it."""
+        return recipe.selection.model_copy(update=GATES.get(self.selection, {}))
+
+    def transfer_recipe(self, recipe: Recipe) -> TransferRecipe:
+        """The recipe's transfer with what this method changes of it."""
+        changes = RECOVERIES[self.recovery] if self.recovery else {}
+        document = recipe.transfer.model_dump() | changes
+        return TransferRecipe.model_validate(document)
+
+
+def parse_method(text: str) -> Method:
+    """Read SELECTION[+RECOVERY[@flops]].   UserError: an unknown part, with near names."""
+    body, at, budget = text.partition("@")
+    selection, plus, recovery = body.partition("+")
+    _require_known("selection", selection, SELECTIONS, text)
+    if plus:
+        _require_known("recovery", recovery, tuple(RECOVERIES), text)
+    if at and (budget != "flops" or not plus):
+        raise UserError(f"method {text!r}: write SELECTION, SELECTION+RECOVERY or ...@flops")
+    if budget == "flops" and RECOVERIES[recovery].get("anneal") != "closed":
+        raise UserError(
+            f"method {text!r}: @flops is for training without the layers (finetune, distil); "
+            f"{recovery} is what the budget is taken from"
+        )
+    return Method(selection, recovery or None, "flops" if budget else "tokens")
+
+
+def _require_known(kind: str, name: str, known: tuple[str, ...], text: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f": {', '.join(known)}"
+        raise UserError(f"method {text!r}: {kind} {name!r} is unknown{hint}")
