@@ -10,6 +10,7 @@ from trsp.bench.compare_cli import compare
 from trsp.bench.plan_cli import plan
 from trsp.bench.report_cli import report
 from trsp.bench.serve_cli import serve as bench_serve
+from trsp.bench.zero_shot_cli import tasks
 from trsp.pruner.cli import app
 from trsp.pruner.errors import UserError
 from trsp.serving.cli import mount as mount_serve
@@ -19,6 +20,7 @@ app.add_typer(bench, name="bench")
 app.command()(audit)
 app.command()(compare)
 app.command()(report)
+app.command()(tasks)
 bench.command("serve")(bench_serve)
 app.command()(plan)
 mount_serve(app)

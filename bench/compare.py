@@ -130,6 +130,7 @@ def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterato
         for method in options.methods
     ]
     cells: list[Cell] = []
+    here = environment()
     for number, (method, count, seed) in enumerate(wanted, start=1):
         progress(f"{method.name}, {count} layers, seed {seed}", number - 1, len(wanted))
         cells.append(_cell(bench, method, count, seed))
@@ -143,7 +144,7 @@ def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterato
             methods=tuple(method.name for method in options.methods),
             cells=tuple(cells),
             complete=number == len(wanted),
-            environment=environment(),
+            environment=here,
         )
 
 
@@ -278,7 +279,7 @@ def _folded_cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
 
 
 def _choice(bench: _Bench, method: Method, count: int, seed: int) -> Choice:
-    """The layers that the method takes; one search serves every depth where its picks are nested."""
+    """The layers that the method takes; where its picks are nested, one search is for all depths."""
     options, calibration = bench.options, bench.calibrations[seed]
     selection = Method(method.selection)
     nested = is_nested(selection)

@@ -4,57 +4,54 @@ from rich.console import Console
 from rich.table import Table
 
 from trsp.bench.compare_record import CompareRecord
-from trsp.bench.compare_summary import Row, TextSummary, summarize
+from trsp.bench.compare_summary import Row, summarize
 from trsp.bench.statistics import Interval
 
 EXPLANATION = (
-    "perplexity is the geometric mean over the seeds and, in brackets, its ratio to the dense "
-    "model with a 95 % interval where there are two seeds or more. beside TRSP: the same seed's "
-    "ratio to TRSP's perplexity, over 1 is worse. KL (nats a token) and top-1 (the same most "
-    "likely token) are against the dense model. PFLOP (matrix products and attention), seconds "
-    "and GiB count choosing and training, not evaluation."
+    "perplexity: geometric mean over the seeds. to dense: its ratio to the dense model's; beside "
+    "TRSP: the same seed's ratio to TRSP's, over 1 is worse; 95 % intervals over the seeds. KL "
+    "(nats a token) and top-1 (the same most likely token) are against the dense model. TFLOP "
+    "(matrix products and attention, as they ran), seconds and GiB count choosing and training, "
+    "not evaluation."
 )
+QUALITY_COLUMNS = ("perplexity", "to dense", "beside TRSP", "KL", "top-1")
+COST_COLUMNS = ("steps", "TFLOP", "seconds", "GiB", "sets")
 
 
-def headings(record: CompareRecord) -> list[str]:
-    """The columns of `table_rows`."""
-    columns = ["method"]
-    for name in record.protocols:
-        columns += [f"{name}", "beside TRSP", "KL", "top-1"]
-    return [*columns, "steps", "PFLOP", "seconds", "GiB"]
+def quality_rows(record: CompareRecord, count: int, text: str) -> list[list[str]]:
+    """The dense model, then each method at this depth on one text; see QUALITY_COLUMNS."""
+    dense = ["dense", f"{record.dense.quality[text].perplexity:.4g}", "1", "", "", ""]
+    return [dense, *([row.label, *_quality(row, text)] for row in _rows(record, count))]
 
 
-def table_rows(record: CompareRecord, count: int) -> list[list[str]]:
-    """The dense model, then each method at this depth."""
-    dense = ["dense"]
-    for name in record.protocols:
-        dense += [f"{record.dense.quality[name].perplexity:.4g}", "", "", ""]
-    rows = [row for row in summarize(record) if row.num_removed == count]
-    return [[*dense, "", "", "", ""], *(_cells(record, row) for row in rows)]
+def cost_rows(record: CompareRecord, count: int) -> list[list[str]]:
+    """What each method at this depth spent, means over the seeds; see COST_COLUMNS.
+
+    The last is how many different sets of layers the seeds took.
+    """
+    return [[row.label, *_cost(row)] for row in _rows(record, count)]
 
 
-def markdown(record: CompareRecord, count: int) -> str:
-    """One depth as a Markdown table."""
-    columns = headings(record)
+def markdown(record: CompareRecord, count: int, text: str) -> str:
+    """Quality on one text and cost at one depth, as one Markdown table."""
+    columns = ("method", *QUALITY_COLUMNS, *COST_COLUMNS[:-1])
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in table_rows(record, count)]
+    costs = [[""] * len(COST_COLUMNS), *(row[1:] for row in cost_rows(record, count))]
+    for quality, cost in zip(quality_rows(record, count, text), costs, strict=True):
+        lines.append(f"| {' | '.join([*quality, *cost[:-1]])} |")
     return "\n".join(lines) + "\n"
 
 
 def show_compare(record: CompareRecord) -> None:
     """Print a table a depth, what its figures mean, and what the perplexities hold for."""
     console = Console()
+    num_layers = record.dense.num_hidden_layers
     for count in record.num_removed:
-        num_layers = record.dense.num_hidden_layers
-        table = Table(
-            title=f"{record.dense.folder}: {count} of {num_layers} layers gone "
-            f"({count / num_layers:.1%})"
-        )
-        for number, column in enumerate(headings(record)):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in table_rows(record, count):
-            table.add_row(*row)
-        console.print(table)
+        gone = f"{count} of {num_layers} layers gone ({count / num_layers:.1%})"
+        for text in record.protocols:
+            rows = quality_rows(record, count, text)
+            _print_table(console, f"{gone}, {text}", QUALITY_COLUMNS, rows)
+        _print_table(console, f"{gone}, cost", COST_COLUMNS, cost_rows(record, count))
     console.print(EXPLANATION, markup=False)
     for name, protocol in record.protocols.items():
         console.print(
@@ -72,30 +69,46 @@ def show_compare(record: CompareRecord) -> None:
             )
 
 
-def _cells(record: CompareRecord, row: Row) -> list[str]:
-    cells = [row.label]
-    for name in record.protocols:
-        cells += [""] * 4 if row.texts is None else _text_cells(row.texts[name])
-    memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"
+def _print_table(
+    console: Console, title: str, columns: tuple[str, ...], rows: list[list[str]]
+) -> None:
+    table = Table(title=title)
+    table.add_column("method", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _rows(record: CompareRecord, count: int) -> list[Row]:
+    return [row for row in summarize(record) if row.num_removed == count]
+
+
+def _quality(row: Row, text: str) -> list[str]:
+    if row.texts is None:
+        return ["-"] * len(QUALITY_COLUMNS)
+    found = row.texts[text]
     return [
-        *cells,
-        f"{row.steps:.0f}" if row.steps else "",
-        f"{row.flops / 1e15:.4f}",
-        f"{row.seconds:.0f}",
-        memory,
+        f"{found.perplexity:.4g}",
+        _interval(found.to_dense),
+        "" if found.to_reference is None else _interval(found.to_reference),
+        f"{found.kl:.3f}",
+        f"{found.top1_agreement:.1%}",
     ]
 
 
-def _text_cells(text: TextSummary) -> list[str]:
+def _cost(row: Row) -> list[str]:
     return [
-        f"{text.perplexity:.4g} ({_interval(text.to_dense)})",
-        "" if text.to_reference is None else _interval(text.to_reference),
-        f"{text.kl:.3f}",
-        f"{text.top1_agreement:.1%}",
+        f"{row.steps:.0f}" if row.steps else "",
+        f"{row.flops / 1e12:.2f}",
+        f"{row.seconds:.0f}",
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+        f"{row.num_choices}",
     ]
 
 
 def _interval(interval: Interval) -> str:
     if interval.low is None or interval.high is None:
         return f"{interval.estimate:.3f}"
-    return f"{interval.estimate:.3f}, {interval.low:.3f} to {interval.high:.3f}"
+    return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"

@@ -30,8 +30,9 @@ COPY_LENGTHS = (8, 16)
 DIGITS = (1, 2)
 # Fewer cases than that, and one of them more or less decides.
 LEAST_CASES = 5
-# Saying one and the same number is right in 11 % of the sums of two digits 1 to 9.
-LEAST_SHARE_OF_SUMS = 0.2
+# Below it is luck: one and the same number is right in 11 % of the sums of digits 1 to 9, and a
+# model that copies no random span still had 3 % of the tokens of repeated text.
+LEAST_SHARE = 0.2
 # A cycle has to come three times; in fewer tokens than that any list of words does.
 LEAST_LOOP_TOKENS = 16
 CLOSING_TOKENS = 64
@@ -271,7 +272,7 @@ def check_copies(
 
     A case is a token of the rest of the span that is the most likely one after all before it
     (teacher-forced). A token that one of the models finds at first sight already, where there is
-    nothing to copy, is no case: it may be known.
+    nothing to copy, is no case: it may be known. Compared where the dense model copies a fifth.
 
     Spans of the text [S] do not overlap. Random ones are of tokens of the text, each once in a
     span, all as likely. No span longer than half the context or than the text has tokens for.
@@ -329,7 +330,7 @@ def _copies(
         length=length,
         given=given,
         num_known=int((~unknown).sum()),
-        right=paired(dense, pruned),
+        right=paired(dense, pruned, least_share=LEAST_SHARE),
     )
 
 
@@ -357,7 +358,7 @@ def check_sums(models: Models, num_prompts: int, progress: Progress = silent) ->
         right = paired(
             [[says_number(models.text(one.dense), total)] for one, total in both],
             [[says_number(models.text(one.pruned), total)] for one, total in both],
-            least_share=LEAST_SHARE_OF_SUMS,
+            least_share=LEAST_SHARE,
         )
         found.append(Sums(digits=digits, right=right))
     return found

@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trsp.pruner.progress import Progress, silent
 
+_BATCH = 16
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -47,23 +49,31 @@ def continue_prompts(
     new_tokens: int,
     progress: Progress = silent,
 ) -> list[Continuation]:
-    """Continue each prompt [P] greedily with both models, one at a time, past any end of text.
+    """Continue each prompt [P] greedily with both models, past any end of text.
+
+    Prompts of one length go together, B at a time: nothing is padded.
 
     Args:
         progress: task "continuing", in prompts.
     """
-    found = []
+    by_length: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        progress("continuing", number, len(prompts))
-        inputs = prompt.unsqueeze(0).to(dense.device)
-        answers = [_continued(model, inputs, new_tokens) for model in (dense, pruned)]
-        found.append(Continuation(tuple(prompt.tolist()), *answers))
+        by_length.setdefault(len(prompt), []).append(number)
+    found: dict[int, Continuation] = {}
+    for numbers in by_length.values():
+        for begin in range(0, len(numbers), _BATCH):
+            progress("continuing", len(found), len(prompts))
+            part = numbers[begin : begin + _BATCH]
+            inputs = torch.stack([prompts[number] for number in part]).to(dense.device)
+            answers = [_continued(model, inputs, new_tokens) for model in (dense, pruned)]
+            for number, ours, theirs in zip(part, *answers, strict=True):
+                found[number] = Continuation(tuple(prompts[number].tolist()), ours, theirs)
     progress("continuing", len(prompts), len(prompts))
-    return found
+    return [found[number] for number in range(len(prompts))]
 
 
-def _continued(model: PreTrainedModel, inputs: Tensor, new_tokens: int) -> tuple[int, ...]:
-    """Token ids that follow the prompt [1, P]."""
+def _continued(model: PreTrainedModel, inputs: Tensor, new_tokens: int) -> list[tuple[int, ...]]:
+    """Token ids that follow each prompt [B, P]."""
     generate: Any = model.generate
     own = model.generation_config
     # What is left out of a call is taken from here: an end-of-text token among it.
@@ -79,8 +89,7 @@ def _continued(model: PreTrainedModel, inputs: Tensor, new_tokens: int) -> tuple
         )
     finally:
         model.generation_config = own
-    answer: list[int] = ids[0, inputs.shape[1] :].tolist()
-    return tuple(answer)
+    return [tuple(answer) for answer in ids[:, inputs.shape[1] :].tolist()]
 
 
 def spread_prompts(ids: Tensor, *, count: int, length: int) -> list[Tensor]:

@@ -10,7 +10,8 @@ from trsp.pruner.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trsp.bench.zero_shot import LoadedTask, Metric, ModelRun, ZeroShotRecord
+    from trsp.bench.zero_shot import LoadedTask
+    from trsp.bench.zero_shot_record import Metric, ModelRun, ZeroShotRecord
     from trsp.pruner.checkpoint import Checkpoint
     from trsp.pruner.progress import Progress
 
@@ -44,7 +45,9 @@ def tasks(
     {"prompt": "...", "answer": "..."}; it needs no network.
     """
     from trsp.bench.record import environment
-    from trsp.bench.zero_shot import ZeroShotRecord, load_tasks, paired_differences, read_task_file
+    from trsp.bench.task_file import read_task_file
+    from trsp.bench.zero_shot import load_tasks
+    from trsp.bench.zero_shot_record import ZeroShotRecord, paired_differences
     from trsp.pruner.checkpoint import open_checkpoint
     from trsp.pruner.console import progress_bars
     from trsp.pruner.durable import atomic_write
@@ -108,7 +111,8 @@ def _run(
     progress: "Progress",
 ) -> "ModelRun":
     """Load one model and run every task; it is freed before the next one is loaded."""
-    from trsp.bench.zero_shot import ModelRun, zero_shot
+    from trsp.bench.zero_shot import zero_shot
+    from trsp.bench.zero_shot_record import ModelRun
     from trsp.pruner.checkpoint import check_tokenizer, load_model, load_tokenizer, sample_weights
 
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -124,7 +128,7 @@ def _run(
         progress=progress,
     )
     return ModelRun(
-        folder=str(checkpoint.path),
+        folder=checkpoint.path.name,
         num_hidden_layers=checkpoint.num_hidden_layers,
         fingerprint=checkpoint.fingerprint,
         weights_sha256=sample_weights(checkpoint),
@@ -143,7 +147,7 @@ def _labelled(progress: "Progress", label: str) -> "Progress":
 
 def _refuse_foreign(out: Path) -> None:
     """An older record of tasks is replaced; nothing else is."""
-    from trsp.bench.zero_shot import read_zero_shot_record
+    from trsp.bench.zero_shot_record import read_zero_shot_record
 
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file")

@@ -32,13 +32,20 @@ def recipe_from(
     eval_data: Sequence[StrPath] = (),
     seed: int | None = None,
     device: str | None = None,
+    auto: bool = False,
+    max_increase: float | None = None,
     settings: Sequence[str] = (),
 ) -> Recipe:
     """One recipe from a preset, a file, these flags and `section.name=value` settings, in order.
 
+    Args:
+        auto: search for the settings on held-out text; `max_increase`, of perplexity, then chooses
+            the depth: 0.05 is 5 %.
     Raises:
         UserError: an unknown name, or a value outside its range.
     """
+    if max_increase is not None and not auto:
+        raise UserError("max_increase is the quality budget of a search: add auto (--auto)")
     flags: dict[str, Any] = {
         "ratio": ratio,
         "layers": layers,
@@ -49,13 +56,14 @@ def recipe_from(
         "evaluation": {"data": [str(path) for path in eval_data] or None},
     }
     if isinstance(recipe, Recipe):
-        if _given(flags) or settings or preset != "trsp":
+        if _given(flags) or settings or auto or preset != "trsp":
             raise UserError("a Recipe is whole: change it with model_copy, not by further words")
         return recipe
+    searched = {"auto": _given({"max_increase": max_increase})} if auto else {}
     return build_recipe(
         file=None if recipe is None else Path(recipe),
         preset=preset,
-        flags=_given(flags),
+        flags=_given(flags) | searched,
         settings=tuple(settings),
     )
 
@@ -121,6 +129,16 @@ def describe(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+
+
+def describe_search(
+    model: StrPath, *, trust_remote_code: bool = False, **recipe_words: Any
+) -> list[str]:
+    """How much the search of `prune` will train at most; nothing where none is asked for."""
+    from trsp.pruner import pipeline
+
+    recipe = recipe_from(**recipe_words)
+    return pipeline.describe_search(Path(model), recipe, trust_remote_code=trust_remote_code)
 
 
 def plan(

@@ -31,6 +31,10 @@ Layers = Annotated[int | None, typer.Option(help="number of layers to remove")]
 Keep = Annotated[str | None, typer.Option(help="layers to keep, as 0-5,8,11: no stage 1")]
 Data = Annotated[list[str] | None, typer.Option(help="text, jsonl, parquet or folder; repeatable")]
 EvalData = Annotated[list[str] | None, typer.Option(help="held-out text: dense beside pruned")]
+Auto = Annotated[bool, typer.Option("--auto", help="search for the settings on held-out text")]
+MaxIncrease = Annotated[
+    float | None, typer.Option(help="with --auto: of perplexity, 0.05 is 5 %; chooses the depth")
+]
 Seed = Annotated[int | None, typer.Option(help="of sampling and training; 0")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda")]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="section.name=value; repeatable")]
@@ -93,6 +97,8 @@ def prune(
     layer_map: Annotated[Path | None, typer.Option("--map", help="layer map: no stage 1")] = None,
     data: Data = None,
     eval_data: EvalData = None,
+    auto: Auto = False,
+    max_increase: MaxIncrease = None,
     seed: Seed = None,
     device: Device = None,
     settings: Setting = None,
@@ -105,6 +111,7 @@ def prune(
 ) -> None:
     """Prune a checkpoint and prove the result: select, transfer, delete, verify."""
     words = _words(recipe, preset, ratio, layers, keep, data, eval_data, seed, device, settings)
+    words |= {"auto": auto, "max_increase": max_increase}
     from trsp.pruner import api
 
     if dry_run:
@@ -118,6 +125,8 @@ def prune(
         )
         _show({"schema_version": 1, "plan": lines}, as_json, lines)
         return
+    for line in api.describe_search(model, trust_remote_code=trust_remote_code, **words):
+        typer.echo(line, err=True)
     with progress_bars() as progress:
         report = api.prune(
             model,
@@ -157,6 +166,10 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
             f"{transfer['jump_at_deletion']:+.4f} nats; calibration loss "
             f"{transfer['loss_dense']:.4f} dense, {transfer['loss_after_deletion']:.4f} after"
         )
+    if report["auto"]:
+        from trsp.pruner.auto_record import console_lines
+
+        lines += console_lines(report["auto"])
     if report["evaluation"]:
         for label, result in report["evaluation"].items():
             lines.append(f"{label:<8} perplexity {result['perplexity']:.3f}")

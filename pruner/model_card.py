@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trsp.pruner.auto_record import card_lines
+
 # Perplexity over the dense model's, on the run's held-out text. Where a user should stop is their
 # own application's question; these two lines only keep a bad model from passing for a good one.
 MODERATE_RATIO = 1.10
@@ -51,6 +53,8 @@ def model_card(report: dict[str, Any]) -> str:
             tokens = result["protocol"]["num_tokens"]
             lines.append(f"| {label} | {result['perplexity']:.3f} | {tokens} |")
         lines += ["", report["verdict"][0].upper() + report["verdict"][1:]]
+    if report["auto"]:
+        lines += ["", *card_lines(report["auto"])]
     lines += ["", "## Proof", "", "| check | result | detail |", "|---|---|---|"]
     for check in report["proof"]["checks"]:
         detail = str(check["detail"]).replace("|", "\\|")

@@ -12,12 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trsp.pruner.auto import search
+from trsp.pruner.auto_plan import plan_search
+from trsp.pruner.auto_record import AutoRecord
 from trsp.pruner.calibration import CalibrationSet
 from trsp.pruner.checkpoint import load_model, open_checkpoint, sample_weights
 from trsp.pruner.compaction import check_layer_map, compact, plan_compaction
 from trsp.pruner.durable import refuse_existing, run_lock, sweep_leftovers
 from trsp.pruner.errors import Interrupted, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
+from trsp.pruner.held_out import hold_out
 from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.model_card import model_card, verdict
 from trsp.pruner.progress import Progress, silent
@@ -67,11 +71,9 @@ def prune(
             run.check_target()
         run.refuse_same_files()
         calibration = run.calibration()
-        if given is None and calibration is None:
-            raise UserError(
-                "nothing says which layers go: give text to learn from (--data), or name the "
-                "layers (--keep, --map)"
-            )
+        _require_text(recipe, given, calibration)
+        if recipe.auto is not None and calibration is not None:
+            hold_out(calibration, recipe.auto.held_out, recipe.seed)
         run.check_evaluation_text(calibration)
         run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
@@ -94,6 +96,12 @@ def _run_stages(
     vllm: VllmCheck,
     command: str,
 ) -> dict[str, Any]:
+    searched = None
+    if run.recipe.auto is not None:
+        assert calibration is not None, "a search without text is refused"
+        found = search(run, calibration)
+        given, calibration, searched = found.layer_map, found.training, found.record
+        run.texts.warnings += searched.warnings
     if given is None:
         assert calibration is not None, "layers are named where there is no text"
         given = run.select(calibration)
@@ -104,7 +112,19 @@ def _run_stages(
         record = run.transfer(given, calibration)
     if calibration is not None:
         run.measure_calibration_text(calibration, record)
-    return _publish(run, given, record, out, overwrite, vllm, command)
+    return _publish(run, given, record, searched, out, overwrite, vllm, command)
+
+
+def _require_text(
+    recipe: Recipe, given: LayerMap | None, calibration: CalibrationSet | None
+) -> None:
+    if calibration is None and recipe.auto is not None:
+        raise UserError("auto searches by the loss on text: give it with --data")
+    if calibration is None and given is None:
+        raise UserError(
+            "nothing says which layers go: give text to learn from (--data), or name the "
+            "layers (--keep, --map)"
+        )
 
 
 def _keep_inputs_safe(run: Run, out: Path, layer_map: Path | None) -> None:
@@ -136,6 +156,8 @@ def plan(
     """Stage 1 only: learn which layers go and write their layer map to the file `out`."""
     if recipe.keep is not None:
         raise UserError("keep names the layers already; there is nothing to plan")
+    if recipe.auto is not None:
+        raise UserError("auto searches for a whole run; leave it out to plan, or use trsp prune")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name the layer map to write (--out layer_map.json)")
     if out.exists() and not overwrite:
@@ -187,16 +209,16 @@ def describe(
     if calibration is not None:
         num_sequences, length = calibration.input_ids.shape
         lines.append(f"text       {num_sequences} sequences of {length} tokens")
+    _require_text(recipe, given, calibration)
     if given is not None:
         lines += plan_compaction(checkpoint, given).describe().splitlines()
-    elif calibration is None:
-        raise UserError("nothing says which layers go: give --data, --keep or --map")
     else:
         run.check_target()
-        count = recipe.num_to_remove(num_layers)
+        count = recipe.deepest_to_remove(num_layers)
         protected = sorted(recipe.protected_layers(num_layers))
         lines.append(
-            f"selection  {count} of {num_layers} layers go, by {recipe.selection.method}; "
+            f"selection  {_up_to(recipe)}{count} of {num_layers} layers go, by "
+            f"{recipe.selection.method}; "
             f"protected: {protected}"
         )
     if calibration is not None and recipe.transfer.enabled:
@@ -205,7 +227,25 @@ def describe(
             f"transfer   {recipe.transfer.steps} steps of {recipe.transfer.batch_size} sequences, "
             f"{kind}"
         )
+    if recipe.auto is not None and calibration is not None:
+        split = hold_out(calibration, recipe.auto.held_out, recipe.seed)
+        lines.append(
+            f"search     {len(split.held_out)} of {len(calibration.input_ids)} sequences are held "
+            f"out; {plan_search(recipe, num_layers).describe()}"
+        )
     return lines
+
+
+def _up_to(recipe: Recipe) -> str:
+    return "" if recipe.auto is None or recipe.auto.max_increase is None else "at most "
+
+
+def describe_search(model: Path, recipe: Recipe, *, trust_remote_code: bool = False) -> list[str]:
+    """How much a search will train at most, before any text is read."""
+    if recipe.auto is None:
+        return []
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    return [f"search     {plan_search(recipe, checkpoint.num_hidden_layers).describe()}"]
 
 
 def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
@@ -214,6 +254,8 @@ def _given_map(run: Run, layer_map: Path | None) -> LayerMap | None:
     targets = (recipe.keep, recipe.ratio, recipe.layers)
     if layer_map is not None and any(target is not None for target in targets):
         raise UserError("--map says which layers go; leave out --keep, --ratio and --layers")
+    if layer_map is not None and recipe.auto is not None:
+        raise UserError("--map says which layers go; leave out --auto, which searches for them")
     if layer_map is not None:
         given = read_layer_map(layer_map)
         check_layer_map(run.checkpoint, given)
@@ -240,6 +282,7 @@ def _identity(
         "seed": document["seed"],
         "selection": document["selection"],
         "transfer": document["transfer"],
+        "auto": document["auto"],
     }
 
 
@@ -247,6 +290,7 @@ def _publish(
     run: Run,
     layer_map: LayerMap,
     transfer_record: dict[str, Any] | None,
+    searched: AutoRecord | None,
     out: Path,
     overwrite: bool,
     vllm: VllmCheck,
@@ -272,6 +316,7 @@ def _publish(
         "removal_order": list(layer_map.removal_order),
         "calibration": layer_map.calibration,
         "transfer": transfer_record,
+        "auto": None if searched is None else searched.model_dump(mode="json"),
         "evaluation": None,
         "costs": run.costs,
     }
@@ -311,7 +356,7 @@ def _publish(
             layer_map,
             out,
             overwrite=overwrite,
-            extra_files={"recipe.yaml": recipe_yaml(run.recipe)},
+            extra_files={"recipe.yaml": recipe_yaml(run.asked)},
             prove=prove_and_describe,
             progress=run.progress,
         )

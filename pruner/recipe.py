@@ -116,6 +116,28 @@ class EvaluationRecipe(_Section):
     allow_overlap: bool = Field(False, description="evaluate on calibration text all the same")
 
 
+class AutoRecipe(_Section):
+    """The search for settings on held-out calibration text (auto.py); its presence turns it on."""
+
+    max_increase: float | None = Field(None, gt=0, description="of perplexity; chooses the depth")
+    held_out: float = Field(0.125, gt=0, lt=1, description="part of the sequences, 4 at least")
+    lambda1: tuple[float, ...] = Field((0.03, 0.1, 0.3), description="beside the recipe's own")
+    learning_rate_factors: tuple[float, ...] = Field((3.0, 1 / 3), description="beside 1")
+    deepest_ratio: float = Field(0.5, gt=0, lt=1, description="of the layers, with max_increase")
+    raw_limit: float = Field(0.1, gt=0, description="increase without recovery: the knee")
+    max_transfers: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _lists_are_usable(self) -> Self:
+        if any(value < 0 for value in self.lambda1):
+            raise ValueError(f"auto.lambda1 {list(self.lambda1)}: none may be below 0")
+        if any(factor <= 0 for factor in self.learning_rate_factors):
+            raise ValueError(
+                f"auto.learning_rate_factors {list(self.learning_rate_factors)}: all above 0"
+            )
+        return self
+
+
 class Recipe(_Section):
     """One run, from the checkpoint to the proof."""
 
@@ -130,6 +152,7 @@ class Recipe(_Section):
     selection: SelectionRecipe = SelectionRecipe()
     transfer: TransferRecipe = TransferRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    auto: AutoRecipe | None = None
 
     @field_validator("keep")
     @classmethod
@@ -142,8 +165,12 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         given = [name for name in ("ratio", "layers", "keep") if getattr(self, name) is not None]
+        if self.auto is not None and self.auto.max_increase is not None:
+            given.append("max_increase")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; choose one")
+        if self.auto is not None and self.keep is not None:
+            raise ValueError("keep names the layers; there is nothing for auto to search")
         return self
 
     def num_to_remove(self, num_hidden_layers: int) -> int:
@@ -163,6 +190,14 @@ class Recipe(_Section):
                 f"remove between 1 and {num_hidden_layers - 1} (--layers, --ratio)"
             )
         return count
+
+    def deepest_to_remove(self, num_hidden_layers: int) -> int:
+        """How many layers are ordered at most: a search by quality looks deeper than it cuts."""
+        if self.auto is None or self.auto.max_increase is None:
+            return self.num_to_remove(num_hidden_layers)
+        removable = num_hidden_layers - len(self.protected_layers(num_hidden_layers))
+        wanted = round(self.auto.deepest_ratio * num_hidden_layers)
+        return max(1, min(wanted, removable, num_hidden_layers - 1))
 
     def protected_layers(self, num_hidden_layers: int) -> frozenset[int]:
         """`selection.protected` with negative indices resolved; UserError if out of range."""

@@ -63,6 +63,8 @@ class Run:
     def __post_init__(self) -> None:
         self.checkpoint = open_checkpoint(self.model, trust_remote_code=self.trust_remote_code)
         self.device = resolve_device(self.recipe.device)
+        # A search resolves the recipe; the one that was asked for makes the same model again.
+        self.asked = self.recipe
 
     @contextmanager
     def stage(self, name: str, device: str | None = None) -> Iterator[None]:
@@ -120,7 +122,7 @@ class Run:
     def check_target(self) -> None:
         """Refuse what could only be refused after stage 1: the number of layers, the config."""
         num_layers = self.checkpoint.num_hidden_layers
-        count = self.recipe.num_to_remove(num_layers)
+        count = self.recipe.deepest_to_remove(num_layers)
         protected = self.recipe.protected_layers(num_layers)
         check_target(num_layers, count, protected)
         removable = [layer for layer in range(num_layers) if layer not in protected]
@@ -176,6 +178,8 @@ class Run:
             parameters = sum(math.prod(e.shape) for e in self.checkpoint.tensors.values())
             full = self.recipe.transfer.lora is None
             needed += weights + (3 * 4 * parameters if full else 0)
+            if self.recipe.auto is not None:  # the best transfer so far, beside the one under way
+                needed += weights
         require_free_space(self.folder.path, needed)
 
     def select(self, calibration: CalibrationSet) -> LayerMap:
@@ -228,8 +232,19 @@ class Run:
             "trsp_version": version("trsp"),
         }
 
-    def transfer(self, layer_map: LayerMap, calibration: CalibrationSet) -> dict[str, Any]:
-        """Stage 2, from where it stopped; the moved weights are in the run folder afterwards."""
+    def transfer(
+        self,
+        layer_map: LayerMap,
+        calibration: CalibrationSet,
+        *,
+        on_step: Callable[[int, PreTrainedModel], None] = lambda step, model: None,
+    ) -> dict[str, Any]:
+        """Stage 2, from where it stopped; the moved weights are in the run folder afterwards.
+
+        Args:
+            on_step: called with the number of finished steps and the model as it is in training;
+                it may raise to give the transfer up.
+        """
         if self.folder.is_transferred():
             self.folder.drop_transfer_state()
             record = self.folder.read_record("transfer_record")
@@ -241,6 +256,12 @@ class Run:
         with self.stage("transfer"):
             model = self.load("auto" if recipe.lora else "fp32")
             torch.manual_seed(self.recipe.seed)
+
+            def after_step(step: int, snapshot: Callable[[], TransferState]) -> None:
+                # First: a run that is resumed from the state of this step does not come here again.
+                on_step(step, model)
+                saver(step, snapshot)
+
             result = transfer(
                 model,
                 calibration.input_ids,
@@ -248,7 +269,7 @@ class Run:
                 dropped=layer_map.removal_order,
                 seed=self.recipe.seed,
                 state=self.folder.transfer_state(),
-                on_step=saver,
+                on_step=after_step,
                 on_failure=lambda snapshot: self.folder.save_transfer_state(snapshot()),
                 progress=self.progress,
             )

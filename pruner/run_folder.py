@@ -5,6 +5,8 @@
     layer_map.json     the chosen layers, with selection_record.json
     transfer_state/    weights, optimizer and position within stage 2
     transferred/       the result of stage 2: all layers, weights moved; transfer_record.json
+    auto.json          finished work of a search (auto_trials.py)
+    search/NAME/       one transfer of a search: a folder like this one
 
 Every file is replaced whole. `transferred/` is what `layer_map.json` applies to, so one run serves
 every prefix of the removal order.
@@ -55,6 +57,27 @@ class RunFolder:
     def _transfer_state(self) -> Path:
         return self.path / "transfer_state"
 
+    @property
+    def _searches(self) -> Path:
+        return self.path / "search"
+
+    def search(self, name: str) -> "RunFolder":
+        """The folder of one transfer of a search, made where it is not there."""
+        folder = RunFolder(self._searches / name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder._sweep()
+        return folder
+
+    def drop_searches(self) -> None:
+        """Free the space of the transfers of a search once one of them is the run's."""
+        if self._searches.is_dir():
+            shutil.rmtree(self._searches)
+
+    def _sweep(self) -> None:
+        """Clear what killed runs left half-written."""
+        for name in (self.transferred, self._transfer_state, self.path / "run.json"):
+            sweep_leftovers(name)
+
     def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Make the folder, or check that what is there is this run.
 
@@ -67,8 +90,7 @@ class RunFolder:
         """
         if resume:
             self._check_identity(identity)
-            for name in (self.transferred, self._transfer_state, self.path / "run.json"):
-                sweep_leftovers(name)
+            self._sweep()
         elif self.path.exists() or self.path.is_symlink():
             if not overwrite:
                 raise UserError(
@@ -89,7 +111,8 @@ class RunFolder:
             raise UserError(f"{self.path} holds no unfinished run; start without --resume")
         before = self._read("run.json")
         for key, value in identity.items():
-            untouched = not (self._transfer_state.exists() or self.transferred.exists())
+            traces = (self._transfer_state, self.transferred, self._searches)
+            untouched = not any(path.exists() for path in traces)
             if before.get(key) == json.loads(json.dumps(value)) or (
                 key == "transfer" and untouched
             ):

@@ -4,9 +4,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -101,3 +106,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(pico_llama: Path) -> "PreTrainedModel":
+    """The pico Llama, loaded anew."""
+    from trsp.pruner.checkpoint import load_model, open_checkpoint
+
+    return load_model(open_checkpoint(pico_llama))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Eight sequences of 32 random tokens of the pico Llama's vocabulary."""
+    return torch.randint(1, 288, (8, 32), generator=torch.Generator().manual_seed(0))

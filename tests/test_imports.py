@@ -32,7 +32,8 @@ PRUNER_ROOMS = (
     ("criteria", "distillation", "selection", "transfer"),
     ("compaction", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
-    ("run_folder", "run", "model_card", "pipeline", "api", "cli"),
+    ("held_out", "run_folder", "run", "auto_record", "auto_plan", "auto_trials", "auto"),
+    ("model_card", "pipeline", "api", "cli"),
 )
 PRUNER_ORDER = tuple(module for room in PRUNER_ROOMS for module in room)
 # Reading a layer map, and what that needs, must work in a Python without any package.

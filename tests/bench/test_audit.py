@@ -418,9 +418,12 @@ def test_a_record_from_before_the_checks_of_generation_is_read(
     document = record.model_dump(mode="json")
     for domain in document["domains"]:
         del domain["generation"], domain["greedy"]["shortened"]
+    outcome = {"criterion": "kl", "domain": "held", "limit": 1.0, "value": None, "passed": False}
+    document |= {"outcomes": [outcome], "passed": False}
     path = tmp_path / "old.json"
     path.write_text(json.dumps(document))
     old = read_audit_record(path)
+    assert old.outcomes[0].reason is None
     assert old.domains[0].generation is None
     assert generation_lines(old.domains[0]) == []
     assert old.domains[0].losses == record.domains[0].losses
@@ -445,3 +448,15 @@ def test_the_gate_says_what_could_not_be_measured(
 def test_a_domain_needs_its_figures(record: AuditRecord) -> None:
     whole = record.domains[0].model_dump()
     assert Domain.model_validate(whole) == record.domains[0]
+
+
+def test_prompts_that_go_together_are_continued_as_alone(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    prompts = [torch.arange(5, 9), torch.arange(20, 27), torch.arange(40, 44), torch.arange(9, 13)]
+    found = continue_prompts(*models, prompts, new_tokens=8)
+    assert [one.prompt for one in found] == [tuple(prompt.tolist()) for prompt in prompts]
+    alone = [continue_prompts(*models, [prompt], new_tokens=8)[0] for prompt in prompts]
+    assert found == alone
+    many = continue_prompts(*models, [torch.arange(n, n + 4) for n in range(20)], new_tokens=3)
+    assert [one.prompt[0] for one in many] == [*range(20)]

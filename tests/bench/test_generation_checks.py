@@ -1,5 +1,6 @@
 """Checks of generation: counts by hand, stand-ins that can do a thing and ones that cannot."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -305,6 +306,20 @@ def test_a_copier_and_one_that_never_copies(tokenizer: Any) -> None:
     turned = check_copies(models(stubborn, copier, tokenizer), ids, 10)
     assert [one.right.only_pruned for one in turned] == [one.right.cases for one in found]
     assert not any(one.right.comparable for one in turned)
+
+
+@pytest.mark.parametrize(("every", "comparable"), [(8, False), (4, True)])
+def test_copies_are_compared_from_a_fifth_on(every: int, comparable: bool, tokenizer: Any) -> None:
+    """A model that copies one token in `every`, and finds none at first sight."""
+    ids = torch.arange(0, 280)
+
+    def some(seen: list[int]) -> int:
+        return copier(seen) if copier(seen) % every == 0 else 287
+
+    found = check_copies(models(some, stubborn, tokenizer), ids, 60)[-1].right
+    assert found.dense > 5
+    assert found.comparable is comparable
+    assert found.needed == math.ceil(0.2 * found.cases)
 
 
 def test_what_is_known_at_first_sight_is_no_copy(tokenizer: Any) -> None:

@@ -19,17 +19,18 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import trsp.bench.task_file as file_module
 import trsp.bench.zero_shot as module
-from trsp.bench.zero_shot import (
+from trsp.bench.lm_eval_runner import Runner
+from trsp.bench.task_file import read_task_file
+from trsp.bench.zero_shot import load_tasks, zero_shot
+from trsp.bench.zero_shot_cli import tasks as tasks_command
+from trsp.bench.zero_shot_record import (
     Metric,
     TaskResult,
-    load_tasks,
     paired_differences,
-    read_task_file,
     read_zero_shot_record,
-    zero_shot,
 )
-from trsp.bench.zero_shot_cli import tasks as tasks_command
 from trsp.pruner.console import ErrorsAsExitCodes
 from trsp.pruner.errors import RunError, UserError
 
@@ -180,7 +181,7 @@ def test_a_missing_and_a_vast_file_are_refused(
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_task_file(tmp_path / "none.jsonl")
     path = write_lines(tmp_path / "vast.jsonl", CHOICE)
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(file_module, "MAX_FILE_BYTES", path.stat().st_size - 1)
     with pytest.raises(UserError, match="is larger than"):
         read_task_file(path)
 
@@ -282,13 +283,13 @@ def test_log_probabilities_reach_lm_eval_unrounded(
 ) -> None:
     """In bfloat16 two near choices would tie; what is scored is float32 of the logits."""
     seen: list[tuple[float, bool]] = []
-    inner = module._Runner._loglikelihoods
+    inner = Runner._loglikelihoods
 
     def spying(self: Any, *arguments: Any, **options: Any) -> Any:
         seen.extend(found := inner(self, *arguments, **options))
         return found
 
-    monkeypatch.setattr(module._Runner, "_loglikelihoods", spying)
+    monkeypatch.setattr(Runner, "_loglikelihoods", spying)
     path = write_lines(tmp_path / "items.jsonl", *ITEMS)
     zero_shot(table_model(table), word_tokenizer(), [], task_files=[path])
     expected = [total for item in ITEMS for total in by_hand(table, item)]

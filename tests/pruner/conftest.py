@@ -1,4 +1,4 @@
-"""The pico model as tests train it, and the faults that the tests of writing share."""
+"""The faults that the tests of writing share."""
 
 import os
 import signal
@@ -8,28 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from trsp.pruner.checkpoint import load_model, open_checkpoint
 
 RunKilled = Callable[[Callable[[], object], int], bool]
 
 _CHANGING_EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"}
 _WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-@pytest.fixture
-def model(pico_llama: Path) -> PreTrainedModel:
-    """The pico Llama, loaded anew."""
-    return load_model(open_checkpoint(pico_llama))
-
-
-@pytest.fixture
-def tokens() -> Tensor:
-    """Eight sequences of 32 random tokens of the pico Llama's vocabulary."""
-    return torch.randint(1, 288, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

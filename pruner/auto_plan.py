@@ -1,0 +1,50 @@
+"""How much a search will train at most: known from the recipe and the number of layers alone."""
+
+import math
+
+from trsp.pruner.auto_record import SearchPlan
+from trsp.pruner.recipe import AutoRecipe, Recipe
+
+MIN_RANKED_LAYERS = 3
+
+
+def plan_search(recipe: Recipe, num_hidden_layers: int) -> SearchPlan:
+    """How much the search will train at most, beside a plain run; `recipe.auto` is set."""
+    auto = section_of(recipe)
+    selection, transfer = recipe.selection, recipe.transfer
+    deepest = recipe.deepest_to_remove(num_hidden_layers)
+    rounds = deepest if selection.method == "gates" else 0
+    halves = 2 * len(lambda1_values(recipe, num_hidden_layers))
+    transfers = 0
+    if transfer.enabled:
+        transfers = 1 + len(auto.learning_rate_factors)
+        if auto.max_increase is not None:
+            bisection = math.ceil(math.log2(deepest + 1))
+            transfers = bisection + len(auto.learning_rate_factors) + deepest - 1
+        transfers = min(auto.max_transfers, transfers)
+    per_transfer = transfer.steps * transfer.batch_size
+    steps = selection.first_round_steps + (rounds - 1) * selection.round_steps if rounds else 0
+    ordering = steps * selection.batch_size
+    stability = halves * selection.first_round_steps * selection.batch_size
+    plain = ordering + (per_transfer if transfer.enabled else 0)
+    return SearchPlan(
+        gate_trainings=halves + rounds,
+        plain_gate_trainings=rounds,
+        transfers=transfers,
+        plain_transfers=1 if transfer.enabled else 0,
+        proportion=(stability + ordering + transfers * per_transfer) / plain if plain else 1.0,
+    )
+
+
+def section_of(recipe: Recipe) -> AutoRecipe:
+    """The recipe's settings of its search."""
+    assert recipe.auto is not None, "a search is run only where the recipe has its section"
+    return recipe.auto
+
+
+def lambda1_values(recipe: Recipe, num_hidden_layers: int) -> tuple[float, ...]:
+    """What is tried for lambda1: none where gates choose nothing, or too few layers are ranked."""
+    ranked = num_hidden_layers - len(recipe.protected_layers(num_hidden_layers))
+    if recipe.selection.method != "gates" or ranked < MIN_RANKED_LAYERS:
+        return ()
+    return tuple(sorted({recipe.selection.lambda1, *section_of(recipe).lambda1}))

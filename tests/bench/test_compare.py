@@ -1,0 +1,306 @@
+"""One protocol for all methods: cells are shared, budgets equal, weights restored, runs resumed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from trsp.bench import compare as compare_module
+from trsp.bench.cli import app
+from trsp.bench.compare import CompareOptions, run_compare
+from trsp.bench.compare_methods import parse_method
+from trsp.bench.compare_record import CompareRecord, read_compare_record, write_compare_record
+from trsp.bench.compare_show import cost_rows, markdown, quality_rows
+from trsp.bench.compare_summary import summarize
+from trsp.pruner.errors import UserError
+from trsp.pruner.recipe import Recipe
+
+SENTENCES = (
+    "It was a dark night and the {} lamp burned low in the window of the {} house. ",
+    "Nobody had seen the {} captain since the {} morning, and nobody asked. ",
+)
+WORDS = ("old", "green", "small", "quiet", "broken", "tall", "wet", "late", "plain", "grey")
+
+
+def prose(start: int) -> str:
+    pairs = [(WORDS[(start + i) % 10], WORDS[(start + 3 * i + 1) % 10]) for i in range(60)]
+    return "".join(SENTENCES[i % 2].format(*pair) for i, pair in enumerate(pairs))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    paths = {name: tmp_path / f"{name}.txt" for name in ("train", "near", "far")}
+    paths["train"].write_text(prose(0) * 3)
+    paths["near"].write_text(prose(5))
+    paths["far"].write_text("0123 4567 89ab cdef; " * 60)
+    return paths
+
+
+def options(model: Path, texts: dict[str, Path], folder: Path, **changes: Any) -> CompareOptions:
+    recipe = Recipe.model_validate(
+        {
+            "device": "cpu",
+            "calibration": {
+                "data": (str(texts["train"]),),
+                "num_sequences": 8,
+                "sequence_length": 16,
+            },
+            "selection": {"first_round_steps": 2, "round_steps": 1, "verification_sequences": 4},
+            "transfer": {"steps": 6, "batch_size": 2},
+        }
+    )
+    settings: dict[str, Any] = {
+        "model": model,
+        "recipe": recipe,
+        "eval_data": {"near": [texts["near"]], "far": [texts["far"]]},
+        "num_removed": (1, 2),
+        "seeds": (0,),
+        "methods": tuple(map(parse_method, ("gates", "gates+transfer"))),
+        "folder": folder,
+        "window": 32,
+    }
+    return CompareOptions(**{**settings, **changes})
+
+
+def last(records: Iterator[CompareRecord]) -> CompareRecord:
+    return list(records)[-1]
+
+
+def methods(*names: str) -> tuple[Any, ...]:
+    return tuple(map(parse_method, names))
+
+
+def test_every_method_gives_a_cell(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    names = (
+        "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor", "gates",
+        "gates_unverified", "gates_one_shot", "paper_output_gates", "paper_residual_gates", "laco",
+        "replace_me", "streamline", "paper_output_gates+penalty", "gates+transfer", "sleb+distil",
+    )  # fmt: skip
+    asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
+    records = list(run_compare(asked))
+    assert [record.complete for record in records] == [False] * (len(names) - 1) + [True]
+    record = records[-1]
+    for cell in record.cells:
+        assert len(set(cell.removal_order)) == 2, cell.method
+        assert cell.quality is not None
+        assert set(cell.quality) == {"near", "far"}
+        assert cell.total_flops > 0 or cell.method in ("random", "last")
+        assert (cell.training is not None) == ("+" in cell.method)
+    write_compare_record(tmp_path / "record.json", record)
+    assert read_compare_record(tmp_path / "record.json") == record
+    assert len(quality_rows(record, 2, "near")) == len(names) + 1
+    assert markdown(record, 2, "far").count("\n") == len(names) + 3
+    transfer = next(cell for cell in record.cells if cell.method == "gates+transfer")
+    assert transfer.jump == 0.0
+    assert transfer.training is not None
+    assert transfer.training.tokens == 6 * 2 * 16
+
+
+def test_no_cell_leaves_a_trace_on_the_next(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """A cell alone is the cell after others that change weights, bit for bit."""
+    names = ("laco", "streamline", "replace_me", "gates+finetune", "sleb")
+    together = last(
+        run_compare(options(pico_llama, texts, tmp_path / "all", methods=methods(*names)))
+    )
+    for name in ("sleb", "streamline"):
+        alone = last(
+            run_compare(options(pico_llama, texts, tmp_path / name, methods=methods(name)))
+        )
+        found = [cell.quality for cell in together.cells if cell.method == name]
+        assert found == [cell.quality for cell in alone.cells]
+
+
+def test_equal_operations_are_nearly_equal_and_not_more(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    names = ("gates+transfer", "last+distil", "last+distil@flops")
+    record = last(
+        run_compare(options(pico_llama, texts, tmp_path / "out", methods=methods(*names)))
+    )
+    for count in (1, 2):
+        reference, tokens, flops = (
+            next(c for c in record.cells if (c.method, c.num_removed) == (name, count))
+            for name in names
+        )
+        assert flops.training is not None
+        assert tokens.training is not None
+        a_step = (flops.training.flops - tokens.training.flops) / (
+            flops.training.steps - tokens.training.steps
+        )
+        assert 0 <= reference.total_flops - flops.total_flops < a_step
+        assert flops.training.steps > tokens.training.steps
+
+
+def test_a_choice_that_costs_more_than_all_of_trsp_leaves_nothing_to_train_with(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = options(pico_llama, texts, tmp_path / "out", methods=methods("sleb+distil@flops"))
+    dear = asked.recipe.selection.model_copy(
+        update={"verification_sequences": 8, "num_candidates": 1}
+    )
+    cheap = {"steps": 1, "batch_size": 1}
+    recipe = asked.recipe.model_copy(
+        update={
+            "selection": asked.recipe.selection.model_copy(update=dear),
+            "transfer": asked.recipe.transfer.model_copy(update=cheap),
+        }
+    )
+    asked = options(
+        pico_llama,
+        texts,
+        tmp_path / "out",
+        methods=methods("sleb+distil@flops"),
+        num_removed=(2,),
+        recipe=recipe,
+    )
+    record = last(run_compare(asked))
+    (cell,) = record.cells
+    assert cell.quality is None
+    assert cell.note is not None
+    assert "choosing alone takes" in cell.note
+    assert summarize(record)[0].texts is None
+    assert "-" in quality_rows(record, 2, "near")[1]
+
+
+def test_what_is_done_is_not_done_again(
+    pico_llama: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = options(pico_llama, texts, tmp_path / "out")
+    first = last(run_compare(asked))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained or chosen again")
+
+    monkeypatch.setattr(compare_module, "transfer", refuse)
+    monkeypatch.setattr(compare_module, "Chooser", refuse)
+    second = last(run_compare(asked))
+    assert second.cells == first.cells
+    changed = asked.recipe.model_copy(
+        update={"transfer": asked.recipe.transfer.model_copy(update={"steps": 5})}
+    )
+    with pytest.raises(AssertionError, match="again"):
+        last(run_compare(options(pico_llama, texts, tmp_path / "out", recipe=changed)))
+
+
+def test_methods_that_agree_share_what_they_train(
+    pico_llama: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    original = compare_module.transfer
+
+    def counted(*arguments: Any, **words: Any) -> Any:
+        calls.append(words["dropped"])
+        return original(*arguments, **words)
+
+    monkeypatch.setattr(compare_module, "transfer", counted)
+    names = ("random+distil", "random+distil@flops", "gates+transfer", "random+progressive")
+    asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
+    last(run_compare(asked))
+    assert len(calls) == 4
+    last(run_compare(asked))
+    assert len(calls) == 4
+
+
+def test_seeds_give_intervals_and_the_reference_is_paired(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = options(
+        pico_llama,
+        texts,
+        tmp_path / "out",
+        seeds=(0, 1),
+        methods=methods("gates+transfer", "last"),
+    )
+    record = last(run_compare(asked))
+    rows = {(row.method, row.num_removed): row for row in summarize(record)}
+    reference, other = rows["gates+transfer", 1], rows["last", 1]
+    assert reference.texts is not None
+    assert other.texts is not None
+    assert reference.texts["near"].to_reference is not None
+    assert reference.texts["near"].to_reference.estimate == 1.0
+    beside = other.texts["near"].to_reference
+    assert beside is not None
+    assert beside.low is not None
+    ratio = other.texts["near"].perplexity / reference.texts["near"].perplexity
+    assert beside.estimate == pytest.approx(ratio)
+    assert other.num_choices == 1
+    assert len(cost_rows(record, 1)) == 2
+    assert record.calibrations["0"]["sha256"] != record.calibrations["1"]["sha256"]
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_a_depth_that_is_no_pruning_is_refused(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, count: int
+) -> None:
+    with pytest.raises(UserError, match="not pruning"):
+        last(run_compare(options(pico_llama, texts, tmp_path / "out", num_removed=(count,))))
+
+
+def command(model: Path, texts: dict[str, Path], out: Path, *more: str) -> Any:
+    words = ["compare", str(model), "--out", str(out), "--data", str(texts["train"])]
+    words += ["--eval-data", f"near={texts['near']}", "--window", "32", "--device", "cpu"]
+    for setting in (
+        "calibration.num_sequences=8",
+        "calibration.sequence_length=16",
+        "transfer.steps=2",
+        "transfer.batch_size=2",
+    ):
+        words += ["--set", setting]
+    return CliRunner().invoke(app, [*words, *more])
+
+
+def test_the_command_shows_tables_and_leaves_a_record(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ("--method", "last", "--method", "last+distil", "--ratio", "0.34", "--seed", "0")
+    result = command(pico_llama, texts, out, *words)
+    assert result.exit_code == 0, result.output
+    assert "2 of 6 layers gone" in result.output
+    assert "last layers + distil" in " ".join(result.output.split())
+    record = read_compare_record(out / "compare.json")
+    assert [cell.method for cell in record.cells] == ["last", "last+distil"]
+    assert command(pico_llama, texts, out, *words).exit_code == 2
+    again = command(pico_llama, texts, out, *words, "--resume")
+    assert again.exit_code == 0
+    assert read_compare_record(out / "compare.json").cells == record.cells
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--method", "slub"), "did you mean sleb"),
+        (("--method", "last", "--method", "last"), "twice"),
+        (("--ratio", "0.3", "--layers", "2"), "choose one"),
+        (("--ratio", "1.5"), "not within"),
+        (("--ratio", "0.3", "--ratio", "0.34"), "same number of layers"),
+        (("--eval-data", "far"), "NAME=PATH"),
+        (("--set", "transfer.steps=0"), "transfer.steps"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, words: tuple[str, ...], problem: str
+) -> None:
+    result = command(pico_llama, texts, tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert problem in result.output
+    assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_methods_are_listed_without_a_model() -> None:
+    result = CliRunner().invoke(app, ["compare", "x", "--out", "y", "--list"])
+    assert result.exit_code == 0
+    assert "sleb" in result.output
+    assert "progressive" in result.output
