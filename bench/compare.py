@@ -32,8 +32,11 @@ from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe, TransferRecipe
 from trsp.pruner.run import context_length, resolve_device
+from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
 from trsp.pruner.transfer import transfer
 from trsp.pruner.windows import cut_windows
+
+_REMEDY = "name other files with --eval-data"
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
     if not options.eval_data:
         raise UserError("no held-out text is given: --eval-data NAME=PATH")
     recipe = options.recipe
+    for paths in options.eval_data.values():
+        refuse_same_files(recipe.calibration.data, [str(path) for path in paths], remedy=_REMEDY)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust)
     length = recipe.calibration.sequence_length or min(2048, context_length(checkpoint))
     calibrations = {
@@ -194,6 +199,14 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
             text_field=recipe.calibration.text_field,
             progress=progress,
         )
+        for calibration in calibrations.values():
+            require_no_overlap(
+                calibration.input_ids,
+                windows.ids,
+                tokenizer,
+                held_out=f"the text {name}",
+                remedy=_REMEDY,
+            )
         texts[name] = DomainQuality(model, windows, progress)
     identity = {
         "weights": sample_weights(checkpoint),
@@ -279,7 +292,7 @@ def _folded_cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
 
 
 def _choice(bench: _Bench, method: Method, count: int, seed: int) -> Choice:
-    """The layers that the method takes; where its picks are nested, one search is for all depths."""
+    """The layers a method takes; where its picks are nested, one search serves every depth."""
     options, calibration = bench.options, bench.calibrations[seed]
     selection = Method(method.selection)
     nested = is_nested(selection)

@@ -15,6 +15,8 @@ from trsp.pruner.recipe import Recipe, SelectionRecipe, TransferRecipe
 GATES: dict[str, dict[str, Any]] = {
     "gates": {},
     "gates_unverified": {"num_candidates": 1},
+    "gates_once": {"round_steps": 0},
+    "influence_verified": {"method": "block_influence"},
     "paper_output_gates": {"gate_kind": "output", "num_candidates": 1, "protected": ()},
     "paper_residual_gates": {"gate_kind": "residual", "num_candidates": 1, "protected": ()},
 }
@@ -49,6 +51,8 @@ LABELS = {
     "gates": "TRSP selection",
     "gates_unverified": "TRSP selection, unverified",
     "gates_one_shot": "TRSP selection, one shot",
+    "gates_once": "gates trained once, verified",
+    "influence_verified": "block influence, verified",
     "paper_output_gates": "paper's gates (output)",
     "paper_residual_gates": "paper's gates (residual)",
     "random": "random",

@@ -77,6 +77,7 @@ def compare(
     baseline = [
         *(setting for setting in settings if setting.startswith("calibration.")),
         "selection.method=block_influence",
+        "selection.num_candidates=1",
         "selection.protected=[]",
         "transfer.enabled=false",
     ]

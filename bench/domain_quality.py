@@ -47,10 +47,13 @@ class DomainQuality:
     ) -> None:
         self.windows = windows
         self._batches = list(windows.batches())
-        self._teachers: list[Teacher] = []
-        for batch, _ in self._batches:
-            self._teachers.append(record_teacher(model, batch, batch_size=len(batch)))
-            progress("dense model", len(self._teachers), len(self._batches))
+        # The last window may be shorter: a run, and a copy of the head, for each width there is.
+        self._teachers: dict[int, Teacher] = {}
+        for width in dict.fromkeys(batch.shape[1] for batch, _ in self._batches):
+            alike = torch.cat([batch for batch, _ in self._batches if batch.shape[1] == width])
+            self._teachers[width] = record_teacher(
+                model, alike, batch_size=windows.batch_size, progress=progress
+            )
 
     def protocol(self) -> dict[str, Any]:
         """What the perplexities hold for."""
@@ -65,8 +68,11 @@ class DomainQuality:
         """
         sums = dict.fromkeys(("loss", "kl", "same"), 0.0)
         count = 0
+        seen = dict.fromkeys(self._teachers, 0)
         for number, (batch, labels) in enumerate(self._batches):
-            ours = self._teachers[number].logits(list(range(len(batch))))[:, :-1]
+            width, begin = batch.shape[1], seen[batch.shape[1]]
+            seen[width] += len(batch)
+            ours = self._teachers[width].logits(list(range(begin, seen[width])))[:, :-1]
             theirs = logits(batch)[:, :-1]
             targets = labels[:, 1:].to(theirs.device)
             # Window by window: fp32 log-probabilities of a whole batch would be large.

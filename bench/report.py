@@ -1,4 +1,6 @@
-"""`trsp report`: records of speed experiments as one page, as figures, and as README tables.
+"""`trsp report`: records as one page, as figures, and as README tables.
+
+Records of speed experiments come first, then comparisons of methods, then audits.
 
 The page is made of the records alone, needs neither network nor script, and is the same for the
 same records. Everything a record says is text to it, never markup.
@@ -11,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trsp.bench.report_chapter import Chapter
 from trsp.bench.report_findings import (
     Finding,
     cautions,
@@ -20,7 +23,7 @@ from trsp.bench.report_findings import (
     stops,
 )
 from trsp.bench.report_inputs import Input, Inputs, read_inputs
-from trsp.bench.report_markdown import to_markdown
+from trsp.bench.report_markdown import tables_to_markdown, to_markdown
 from trsp.bench.report_plots import draw_plots
 from trsp.bench.report_speedups import (
     blocks_table,
@@ -48,6 +51,7 @@ from trsp.bench.report_validity import (
 )
 from trsp.bench.report_values import Values
 from trsp.bench.report_words import BACKEND_TITLES
+from trsp.bench.serve_record import ServeRecord
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
 
@@ -113,15 +117,19 @@ def write_report(
     _require_extra()
     written = []
     sections = [_Drawn(place, given) for place, given in enumerate(inputs.records, 1)]
+    chapters = _chapters(inputs)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, render_page([drawn.section() for drawn in sections], inputs.ignored))
+        shown = [drawn.section() for drawn in sections]
+        atomic_write(out, render_page(shown, inputs.ignored, chapters))
         written.append(out)
     if png is not None:
         png.mkdir(parents=True, exist_ok=True)
-        for drawn in sections:
-            for plot in drawn.plots:
-                path = png / f"{drawn.name}-{plot.name}.png"
+        named = [(drawn.name, drawn.plots) for drawn in sections]
+        named += [(f"{one.number}-{one.kind}", one.plots) for one in chapters]
+        for name, plots in named:
+            for plot in plots:
+                path = png / f"{name}-{plot.name}.png"
                 atomic_write(path, to_png(plot))
                 written.append(path)
     return inputs, written
@@ -129,12 +137,33 @@ def write_report(
 
 def markdown_of(inputs: Inputs) -> str:
     """The README tables of every record."""
-    return "\n".join(
+    found = [
         to_markdown(Values(given.record), given.path.name, given.sha256) for given in inputs.records
-    )
+    ]
+    for compare in inputs.compares:
+        from trsp.bench import report_compare
+
+        found.append(
+            tables_to_markdown(
+                *report_compare.readme_parts(compare.record, compare.path),
+                compare.path.name,
+                compare.sha256,
+            )
+        )
+    for audit in inputs.audits:
+        from trsp.bench import report_audit
+
+        found.append(
+            tables_to_markdown(
+                *report_audit.readme_parts(audit.record), audit.path.name, audit.sha256
+            )
+        )
+    return "\n".join(found)
 
 
-def render_page(sections: Sequence[Section], ignored: Sequence[str]) -> str:
+def render_page(
+    sections: Sequence[Section], ignored: Sequence[str], chapters: Sequence[Chapter] = ()
+) -> str:
     """The page as HTML text."""
     from jinja2 import Environment, StrictUndefined
 
@@ -147,16 +176,38 @@ def render_page(sections: Sequence[Section], ignored: Sequence[str]) -> str:
         keep_trailing_newline=True,
     )
     source = files("trsp.bench").joinpath(TEMPLATE_NAME).read_text("utf-8")
-    page = environment.from_string(source).render(sections=sections, ignored=ignored)
+    page = environment.from_string(source).render(
+        sections=sections,
+        chapters=chapters,
+        ignored=ignored,
+        svg_of=lambda chapter, plot: to_svg(plot, f"s{chapter.number}-{plot.name}"),
+    )
     if not page.startswith(PAGE_START):
         raise RuntimeError(f"{TEMPLATE_NAME} does not begin with {PAGE_START!r}")
     return page
 
 
+def _chapters(inputs: Inputs) -> list[Chapter]:
+    """Comparisons, then audits, numbered after the speed records."""
+    chapters: list[Chapter] = []
+    for compare in inputs.compares:
+        # They bring torch, which a page of speed alone does not wait for.
+        from trsp.bench.report_compare import compare_chapter
+
+        number = len(inputs.records) + len(chapters) + 1
+        chapters.append(compare_chapter(number, compare.record, compare.path, compare.sha256))
+    for audit in inputs.audits:
+        from trsp.bench.report_audit import audit_chapter
+
+        number = len(inputs.records) + len(chapters) + 1
+        chapters.append(audit_chapter(number, audit.record, audit.path, audit.sha256))
+    return chapters
+
+
 class _Drawn:
     """One record with its figures, drawn once for page and PNG."""
 
-    def __init__(self, number: int, given: Input) -> None:
+    def __init__(self, number: int, given: Input[ServeRecord]) -> None:
         self.number = number
         self.given = given
         self.values = Values(given.record)

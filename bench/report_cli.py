@@ -18,9 +18,10 @@ def report(
         bool, typer.Option("--markdown", help="print the tables for a README on stdout")
     ] = False,
 ) -> None:
-    """One page from records of speed experiments: results, figures, tables, what was not measured.
+    """One page from records: results, figures, tables, what was not measured.
 
-    The page holds everything it needs: no network, no script.
+    Records are of `trsp bench serve`, `trsp compare` and `trsp audit`, in any mixture. The page
+    holds everything it needs: no network, no script.
     """
     if out is None and png is None and not markdown:
         raise UserError("nothing to make: give --out PAGE.html, --png FOLDER or --markdown")

@@ -4,11 +4,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from trsp.bench.serve_record import MAX_RECORD_BYTES, ServeRecord, read_serve_record
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.errors import UserError
 
+if TYPE_CHECKING:
+    from trsp.bench.audit_record import AuditRecord
+    from trsp.bench.compare_record import CompareRecord
+
+R = TypeVar("R")
 # The output folder of `trsp bench serve` holds this, and raw files that are no records beside it.
 RECORD_NAME = "record.json"
 # No time in milliseconds and no rate comes near; axes of larger numbers overflow.
@@ -16,51 +22,64 @@ MOST = 1e15
 
 
 @dataclass(frozen=True)
-class Input:
+class Input(Generic[R]):
     """A record and the file it was read from, of which the page shows name and sha256."""
 
     path: Path
     sha256: str
-    record: ServeRecord
+    record: R
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The records of a report, and the files that were looked at and are none."""
+    """The records of a report, and the files that were looked at and are none.
 
-    records: tuple[Input, ...]
+    `records` are of speed experiments, `compares` of trsp compare, `audits` of trsp audit.
+    """
+
+    records: tuple[Input[ServeRecord], ...]
     ignored: tuple[str, ...]
+    compares: tuple[Input["CompareRecord"], ...] = ()
+    audits: tuple[Input["AuditRecord"], ...] = ()
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Read every record that `paths` name: files, folders with record.json, folders of *.json.
 
-    A file of another kind is ignored, and said so. A file that claims to be a speed record and is
-    broken is an error.
+    A file of another kind is ignored, and said so. A file that claims to be a record and is broken
+    is an error.
 
     Raises:
-        UserError: a path does not exist, a record is broken, or nothing is a speed record.
+        UserError: a path does not exist, a record is broken, or nothing is a record.
     """
     files: list[Path] = []
     for path in paths:
         files += _files_at(path)
-    records: list[Input] = []
+    records: list[Input[ServeRecord]] = []
+    compares: list[Input[CompareRecord]] = []
+    audits: list[Input[AuditRecord]] = []
     ignored: list[str] = []
     for file in dict.fromkeys(files):
-        reason = _no_record(file)
-        if reason is None:
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        kind, reason = _kind(file)
+        if kind is None:
+            ignored.append(f"{file.name}: {reason}")
+            continue
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        if kind == "serve":
             record = read_serve_record(file)
             _refuse_absurd(file, record)
             records.append(Input(file, sha256, record))
+        elif kind == "audit":
+            audits.append(Input(file, sha256, _read_audit(file)))
         else:
-            ignored.append(f"{file.name}: {reason}")
-    if not records:
+            compares.append(Input(file, sha256, _read_compare(file)))
+    if not (records or compares or audits):
         raise UserError(
-            f"{', '.join(map(str, paths))}: no record of a speed experiment "
-            f"({'; '.join(ignored) or 'no *.json file'}); name the folder `trsp bench serve` wrote"
+            f"{', '.join(map(str, paths))}: no record of a speed experiment, comparison or audit "
+            f"({'; '.join(ignored) or 'no *.json file'}); name the folder `trsp bench serve` or "
+            "`trsp compare` wrote, or the file of `trsp audit`"
         )
-    return Inputs(tuple(records), tuple(ignored))
+    return Inputs(tuple(records), tuple(ignored), tuple(compares), tuple(audits))
 
 
 def _files_at(path: Path) -> list[Path]:
@@ -72,13 +91,36 @@ def _files_at(path: Path) -> list[Path]:
     return [path]
 
 
-def _no_record(file: Path) -> str | None:
-    """Why a file is no speed record; None when it claims to be one."""
+def _read_compare(file: Path) -> "CompareRecord":
+    # It brings torch, which a page of speed alone does not wait for.
+    from trsp.bench.compare_record import read_compare_record
+
+    return read_compare_record(file)
+
+
+def _read_audit(file: Path) -> "AuditRecord":
+    from trsp.bench.audit_record import read_audit_record
+
+    record = read_audit_record(file)
+    for domain in record.domains:
+        for name in ("dense_perplexity", "pruned_perplexity"):
+            if getattr(domain, name) <= 0:
+                raise UserError(
+                    f"{file}: {name} on {domain.name!r} is {getattr(domain, name):g}, expected "
+                    "more than 0; damaged?"
+                )
+    return record
+
+
+def _kind(file: Path) -> tuple[str | None, str]:
+    """The kind of record that a file claims to be; None, and why, when it is none."""
     try:
         kind = read_json_object(file, max_bytes=MAX_RECORD_BYTES).get("kind")
     except UserError as error:
-        return f"not read ({str(error).removeprefix(f'{file}: ')})"
-    return None if kind == "serve" else f"kind is {kind!r}, not 'serve'"
+        return None, f"not read ({str(error).removeprefix(f'{file}: ')})"
+    if kind in ("serve", "trsp compare", "audit"):
+        return str(kind), ""
+    return None, f"kind is {kind!r}, not 'serve'"
 
 
 def _refuse_absurd(file: Path, record: ServeRecord) -> None:

@@ -1,10 +1,11 @@
-"""README tables of a record: a line for each model at the loads that tell most."""
+"""README tables: of a speed record a line for each model at the loads that tell most."""
 
 import re
 from collections.abc import Sequence
 
 from trsp.bench.report_findings import compared, stops
 from trsp.bench.report_style import plain
+from trsp.bench.report_table import Table
 from trsp.bench.report_values import Place, Told, Values, told_memory
 from trsp.bench.report_words import (
     DASH,
@@ -39,6 +40,30 @@ def to_markdown(values: Values, file_name: str, file_sha256: str) -> str:
         paragraphs.append("Nothing was measured.")
     elif values.ratios and all(ratio.low is None for ratio in values.ratios):
         paragraphs.append(_escape(f"{NO_INTERVAL[0].upper()}{NO_INTERVAL[1:]}."))
+    paragraphs.append(_escape(f"From {file_name}, sha256 {file_sha256}."))
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def tables_to_markdown(
+    stops: Sequence[str],
+    sentences: Sequence[str],
+    tables: Sequence[Table],
+    file_name: str,
+    file_sha256: str,
+) -> str:
+    """A comparison's or an audit's: warnings, sentences as a list, tables, their origin."""
+    paragraphs = [f"**{_escape(text)}**" for text in stops]
+    paragraphs.append("\n".join(f"- {_escape(text)}" for text in sentences))
+    for table in tables:
+        paragraphs.append(_escape(table.caption))
+        lines = [_line([_escape(column.title) for column in table.columns])]
+        lines.append(_line(["---"] * len(table.columns)))
+        lines += [
+            _line([_escape(cell) for cell in row.cells])
+            for group in table.groups
+            for row in group.rows
+        ]
+        paragraphs.append("\n".join(lines))
     paragraphs.append(_escape(f"From {file_name}, sha256 {file_sha256}."))
     return "\n\n".join(paragraphs) + "\n"
 

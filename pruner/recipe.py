@@ -48,7 +48,7 @@ class SelectionRecipe(_Section):
     lambda1_units: Literal["relative", "absolute"] = "relative"
     learning_rate: float = Field(0.05, gt=0)
     first_round_steps: int = Field(64, ge=1)
-    round_steps: int = Field(16, ge=1)
+    round_steps: int = Field(16, ge=0, description="0: the first round's gates serve all picks")
     batch_size: int = Field(4, ge=1)
     num_candidates: int = Field(4, ge=1, description="1: the smallest gate decides alone")
     verification_sequences: int = Field(16, ge=1)

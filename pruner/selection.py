@@ -100,14 +100,18 @@ def select_layers(
                     dense_loss, "the dense model's loss", 0, list(range(len(verification)))
                 )
                 state = SelectionState(dense_loss, (1.0,) * num_layers)
+            scores = None
             if recipe.method == "block_influence":
-                return _select_by_block_influence(
-                    model, input_ids, recipe, num_to_remove, protected, state, progress
-                )
+                scores = _block_influence(model, input_ids, recipe, progress)
             while len(state.picks) < num_to_remove:
-                state = _run_round(
-                    gated, input_ids, recipe, num_to_remove, protected, seed, state, progress
-                )
+                if scores is None:
+                    state = _run_round(
+                        gated, input_ids, recipe, num_to_remove, protected, seed, state, progress
+                    )
+                else:
+                    state = _pick_by_influence(
+                        gated, input_ids, recipe, num_to_remove, protected, scores, state, progress
+                    )
                 on_round(state)
     finally:
         for parameter in trainable:
@@ -125,22 +129,78 @@ def check_target(num_layers: int, num_to_remove: int, protected: frozenset[int])
         )
 
 
-def _select_by_block_influence(
-    model: PreTrainedModel,
+def _block_influence(
+    model: PreTrainedModel, input_ids: Tensor, recipe: SelectionRecipe, progress: Progress
+) -> list[float]:
+    scores = block_influence(model, input_ids, batch_size=recipe.batch_size, progress=progress)
+    for layer, score in enumerate(scores):
+        require_finite(score, f"the block influence of layer {layer}", 0, [])
+    return scores
+
+
+def _pick_by_influence(
+    gated: GatedModel,
     input_ids: Tensor,
     recipe: SelectionRecipe,
     num_to_remove: int,
     protected: frozenset[int],
+    scores: list[float],
     state: SelectionState,
     progress: Progress,
 ) -> SelectionState:
-    scores = block_influence(model, input_ids, batch_size=recipe.batch_size, progress=progress)
-    for layer, score in enumerate(scores):
-        require_finite(score, f"the block influence of layer {layer}", 0, [])
-    order = sorted((score, layer) for layer, score in enumerate(scores) if layer not in protected)
-    picks = tuple(layer for _, layer in order[:num_to_remove])
-    record = {"criterion": "block_influence", "scores": scores, "picks": list(picks)}
-    return SelectionState(state.dense_loss, state.gates, picks, (record,))
+    """Pick one of the remaining layers with the smallest block influence in the dense model."""
+    index = len(state.picks)
+    remaining = _remaining(gated.num_layers, protected, state)
+    candidates = sorted(remaining, key=lambda layer: (scores[layer], layer))
+    candidates = candidates[: recipe.num_candidates]
+    pick, losses = _verify(gated, input_ids, recipe, num_to_remove, candidates, state, progress)
+    record = {
+        "round": index,
+        "picked": pick,
+        "criterion": "block_influence",
+        "scores": scores,
+        "candidates": candidates,
+        "candidate_losses": losses,
+    }
+    return SelectionState(
+        state.dense_loss, state.gates, (*state.picks, pick), (*state.rounds, record)
+    )
+
+
+def _remaining(num_layers: int, protected: frozenset[int], state: SelectionState) -> list[int]:
+    return [
+        layer for layer in range(num_layers) if layer not in protected and layer not in state.picks
+    ]
+
+
+def _verify(
+    gated: GatedModel,
+    input_ids: Tensor,
+    recipe: SelectionRecipe,
+    num_to_remove: int,
+    candidates: list[int],
+    state: SelectionState,
+    progress: Progress,
+) -> tuple[int, list[float | None]]:
+    """The candidate whose removal leaves the lowest loss, and all their losses.
+
+    A single candidate is not tried.
+    """
+    if len(candidates) == 1:
+        return candidates[0], [None]
+    index = len(state.picks)
+    losses: list[float] = []
+    for layer in candidates:
+        losses.append(
+            gated.masked_loss(
+                input_ids[: recipe.verification_sequences],
+                (*state.picks, layer),
+                recipe.batch_size,
+            )
+        )
+        require_finite(losses[-1], f"the loss without layer {layer}", index, candidates)
+        progress(f"verifying, round {index + 1}/{num_to_remove}", len(losses), len(candidates))
+    return candidates[losses.index(min(losses))], list(losses)
 
 
 def _run_round(
@@ -155,11 +215,7 @@ def _run_round(
 ) -> SelectionState:
     """Train the gates of the remaining layers, then pick one of them."""
     index = len(state.picks)
-    remaining = [
-        layer
-        for layer in range(gated.num_layers)
-        if layer not in protected and layer not in state.picks
-    ]
+    remaining = _remaining(gated.num_layers, protected, state)
     steps = recipe.first_round_steps if index == 0 else recipe.round_steps
     gates = torch.tensor(state.gates, dtype=torch.float32, device=gated.model.device)
     gates.requires_grad_(True)
@@ -178,20 +234,9 @@ def _run_round(
     learned = gates.detach().cpu().tolist()
     proposed = sorted(remaining, key=lambda layer: (abs(learned[layer]), layer))
     candidates = proposed[: recipe.num_candidates]
-    candidate_losses = {}
-    if len(candidates) > 1:
-        for done, layer in enumerate(candidates, start=1):
-            candidate_losses[layer] = gated.masked_loss(
-                input_ids[: recipe.verification_sequences],
-                (*state.picks, layer),
-                recipe.batch_size,
-            )
-            progress(f"verifying, round {index + 1}/{num_to_remove}", done, len(candidates))
-        for layer, loss in candidate_losses.items():
-            require_finite(loss, f"the loss without layer {layer}", index, candidates)
-        pick = min(candidates, key=lambda layer: candidate_losses[layer])
-    else:
-        pick = candidates[0]
+    pick, losses_without = _verify(
+        gated, input_ids, recipe, num_to_remove, candidates, state, progress
+    )
     record = {
         "round": index,
         "picked": pick,
@@ -199,7 +244,7 @@ def _run_round(
         "losses": losses,
         "penalties": penalties,
         "candidates": candidates,
-        "candidate_losses": [candidate_losses.get(layer) for layer in candidates],
+        "candidate_losses": losses_without,
     }
     return SelectionState(
         state.dense_loss, tuple(learned), (*state.picks, pick), (*state.rounds, record)

@@ -1,5 +1,6 @@
 """One protocol for all methods: cells are shared, budgets equal, weights restored, runs resumed."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,21 @@ from trsp.bench.compare_summary import summarize
 from trsp.pruner.errors import UserError
 from trsp.pruner.recipe import Recipe
 
-SENTENCES = (
-    "It was a dark night and the {} lamp burned low in the window of the {} house. ",
-    "Nobody had seen the {} captain since the {} morning, and nobody asked. ",
-)
-WORDS = ("old", "green", "small", "quiet", "broken", "tall", "wet", "late", "plain", "grey")
+SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning window
+river asked burned seen gone kept the a of in and nobody everyone never always"""
 
 
-def prose(start: int) -> str:
-    pairs = [(WORDS[(start + i) % 10], WORDS[(start + 3 * i + 1) % 10]) for i in range(60)]
-    return "".join(SENTENCES[i % 2].format(*pair) for i, pair in enumerate(pairs))
+def prose(seed: int, num_words: int = 700) -> str:
+    """Words in an order of the seed's own: two seeds share no run of thirteen tokens."""
+    chance, words = random.Random(seed), SENTENCE.split()
+    return " ".join(chance.choice(words) for _ in range(num_words)) + ". "
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> dict[str, Path]:
     paths = {name: tmp_path / f"{name}.txt" for name in ("train", "near", "far")}
-    paths["train"].write_text(prose(0) * 3)
-    paths["near"].write_text(prose(5))
+    paths["train"].write_text(prose(0))
+    paths["near"].write_text(prose(5, 300))
     paths["far"].write_text("0123 4567 89ab cdef; " * 60)
     return paths
 
@@ -141,9 +140,7 @@ def test_a_choice_that_costs_more_than_all_of_trsp_leaves_nothing_to_train_with(
     pico_llama: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     asked = options(pico_llama, texts, tmp_path / "out", methods=methods("sleb+distil@flops"))
-    dear = asked.recipe.selection.model_copy(
-        update={"verification_sequences": 8, "num_candidates": 1}
-    )
+    dear = {"verification_sequences": 8, "num_candidates": 1}
     cheap = {"steps": 1, "batch_size": 1}
     recipe = asked.recipe.model_copy(
         update={
@@ -304,3 +301,14 @@ def test_methods_are_listed_without_a_model() -> None:
     assert result.exit_code == 0
     assert "sleb" in result.output
     assert "progressive" in result.output
+
+
+def test_held_out_text_that_was_trained_on_is_refused(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    same = {**texts, "near": texts["train"]}
+    with pytest.raises(UserError, match="--eval-data"):
+        last(run_compare(options(pico_llama, same, tmp_path / "out")))
+    texts["near"].write_text(texts["train"].read_text() + "And so it went on.")
+    with pytest.raises(UserError, match="the text near"):
+        last(run_compare(options(pico_llama, texts, tmp_path / "out")))

@@ -139,7 +139,7 @@ def test_block_influence_is_one_minus_cosine(model: PreTrainedModel, tokens: Ten
 def test_block_influence_orders_by_score_and_respects_protection(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    recipe = FAST.model_copy(update={"method": "block_influence"})
+    recipe = FAST.model_copy(update={"method": "block_influence", "num_candidates": 1})
     scores = block_influence(model, tokens)
     order = sorted(range(6), key=lambda layer: scores[layer])
     state = select_layers(model, tokens, recipe, num_to_remove=3, protected=frozenset(), seed=0)
@@ -158,3 +158,31 @@ def test_every_epoch_sees_every_sequence_once_in_another_order() -> None:
     assert epochs[0] != epochs[1]
     assert batch_indices(3, num_sequences=8, batch_size=4, seed=1) == drawn[12:16]
     assert batch_indices(0, num_sequences=3, batch_size=7, seed=1)[:3] != [0, 0, 0]
+
+
+def test_influence_proposes_and_the_loss_picks(model: PreTrainedModel, tokens: Tensor) -> None:
+    recipe = FAST.model_copy(
+        update={"method": "block_influence", "num_candidates": 3, "verification_sequences": 8}
+    )
+    scores = block_influence(model, tokens)
+    state = select_layers(model, tokens, recipe, num_to_remove=2, protected=frozenset({1}), seed=0)
+    picks: list[int] = []
+    with GatedModel(model) as gated:
+        for record in state.rounds:
+            rest = [layer for layer in range(6) if layer not in (1, *picks)]
+            candidates = sorted(rest, key=lambda layer: scores[layer])[:3]
+            losses = [gated.masked_loss(tokens, (*picks, layer), 4) for layer in candidates]
+            assert record["candidates"] == candidates
+            assert record["candidate_losses"] == pytest.approx(losses)
+            picks.append(candidates[losses.index(min(losses))])
+    assert list(state.picks) == picks
+
+
+def test_without_later_steps_the_first_gates_propose_every_pick(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    recipe = FAST.model_copy(update={"round_steps": 0, "num_candidates": 1})
+    state = select_layers(model, tokens, recipe, num_to_remove=3, protected=frozenset(), seed=0)
+    gates = state.rounds[0]["gates"]
+    assert list(state.picks) == sorted(range(6), key=lambda layer: abs(gates[layer]))[:3]
+    assert [len(record["losses"]) for record in state.rounds] == [FAST.first_round_steps, 0, 0]
