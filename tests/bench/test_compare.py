@@ -18,8 +18,8 @@ from trsp.bench.compare_summary import summarize
 from trsp.pruner.errors import UserError
 from trsp.pruner.recipe import Recipe
 
-SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning window
-river asked burned seen gone kept the a of in and nobody everyone never always"""
+SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning
+window river asked burned seen gone kept the a of in and nobody everyone never always"""
 
 
 def prose(seed: int, num_words: int = 700) -> str:
