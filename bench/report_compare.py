@@ -5,6 +5,7 @@ from pathlib import Path
 from trsp.bench.compare_methods import REFERENCE
 from trsp.bench.compare_record import CompareRecord
 from trsp.bench.compare_summary import Row as Summary
+from trsp.bench.compare_summary import TextSummary
 from trsp.bench.report_chapter import (
     Chapter,
     Part,
@@ -112,7 +113,7 @@ def quality_table(found: Comparison, count: int, text: str) -> Table:
                 row.label,
                 sized(of.perplexity),
                 with_ends(of.to_dense),
-                DASH if of.to_reference is None else with_ends(of.to_reference),
+                _beside_reference(row, of),
                 f"{of.kl:.3f}",
                 f"{of.top1_agreement:.1%}",
                 _seeds(found, row),
@@ -133,7 +134,7 @@ def cost_table(found: Comparison, count: int) -> Table:
         jumps = [cell.jump for cell in cells if cell.jump is not None]
         tokens = sum((cell.training or cell.selection).tokens for cell in cells) / len(cells)
         cost = (
-            number(row.steps, 4) if row.steps else DASH,
+            number(round(row.steps)) if row.steps else DASH,
             number(round(tokens)) if tokens else DASH,
             number(row.flops / 1e12),
             number(row.seconds),
@@ -147,6 +148,12 @@ def cost_table(found: Comparison, count: int) -> Table:
     return Table(f"{found.depth(count)}, cost", columns, one_group(rows))
 
 
+def _beside_reference(row: Summary, of: TextSummary) -> str:
+    if row.method == REFERENCE:
+        return "1"
+    return DASH if of.to_reference is None else with_ends(of.to_reference)
+
+
 def _seeds(found: Comparison, row: Summary) -> str:
     return f"{row.num_seeds} of {len(found.record.seeds)}"
 
@@ -156,7 +163,7 @@ def _cautions(found: Comparison) -> tuple[str, ...]:
     if len(record.seeds) == 1:
         lines.append("One seed: there are no intervals, and a difference may be chance")
     if REFERENCE not in record.methods:
-        lines.append("TRSP itself (gates+transfer) was not compared: no method stands beside it")
+        lines.append(f"TRSP itself ({REFERENCE}) was not compared: no method stands beside it")
     bare = sum(cell.quality is None for cell in record.cells)
     if bare:
         lines.append(

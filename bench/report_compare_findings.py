@@ -188,7 +188,8 @@ def _seed_by_seed(row: Summary, of: TextSummary) -> str:
         return ""
     told = {"above": "TRSP wins", "below": "TRSP loses", "open": "no difference shown"}
     verdict = "" if beside.low is None else f": {told[_verdict(beside.low, beside.high)]}"
-    return f"; seed by seed {row.label} is {with_ends(beside)} of TRSP's{verdict}"
+    start = "" if beside.low is None else "seed by seed "
+    return f"; {start}{row.label} is {with_ends(beside)} of TRSP's{verdict}"
 
 
 def _why_no_reference(found: Comparison, count: int) -> str:

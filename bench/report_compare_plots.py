@@ -8,12 +8,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trsp.bench.compare_methods import FOLDS, REFERENCE, TRAINING_FREE
 from trsp.bench.compare_record import CompareRecord
 from trsp.bench.compare_summary import Row, TextSummary
-from trsp.bench.report_canvas import CannotDraw, legend_below
+from trsp.bench.report_canvas import CannotDraw
 from trsp.bench.report_style import INK, WARNING, Plot, figure_style, name_in_figure
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ def _families(ranked: Sequence[str]) -> list[tuple[str, list[str]]]:
             "the best baseline without training",
             [name for name in ranked if name in (*TRAINING_FREE, *FOLDS) and name != "random"],
         ),
-        ("TRSP's selection alone", [name for name in ranked if name == "gates"]),
+        (
+            "TRSP's selection alone",
+            [name for name in ranked if name == REFERENCE.partition("+")[0]],
+        ),
         ("the best at the same tokens", [name for name in tuned if "@" not in name]),
         ("the best at the same FLOPs", [name for name in tuned if name.endswith("@flops")]),
         ("the best of the paper's mode", paper),
@@ -152,7 +155,7 @@ def _draw_depth(record: CompareRecord, rows: Sequence[Row], drawn: Sequence[Draw
         axes.set_xlabel(f"layers gone, of {record.dense.num_hidden_layers}")
         axes.set_xticks(depths)
     panels[0].set_ylabel("perplexity, \u00d7 the dense model's")
-    legend_below(figure, *panels)
+    _legend(figure, panels)
     return Plot(
         "depth",
         "Quality against depth",
@@ -206,7 +209,7 @@ def _draw_compute(
         axes.set_xlabel("TFLOP, choosing and training")
     for axes in panels[::2]:
         axes.set_ylabel("perplexity, \u00d7 the dense model's")
-    legend_below(figure, *panels)
+    _legend(figure, panels)
     return Plot(
         f"compute-{number}",
         f"Quality against compute, {text}",
@@ -267,6 +270,19 @@ def _new_figure(record: CompareRecord, count: int) -> tuple["Figure", list["Axes
     return figure, grid[:count]
 
 
+def _legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
+    """The legend under all panels, each name once, in as many columns as the longest fits."""
+    named: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        # Inches, of a wide letter and of the sample of a line with its gaps.
+        needed = 0.085 * max(map(len, named)) + 0.6
+        columns = max(1, min(4, int(figure.get_size_inches()[0] / needed)))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
+
+
 def _fit_quality(axes: "Axes", seen: Sequence[TextSummary]) -> None:
     """Frame the means, not intervals of any length; a logarithmic axis where they span much."""
     axes.axhline(1, color=INK, linewidth=1, zorder=1)
@@ -290,7 +306,7 @@ def _fit_cost(axes: "Axes", costs: Sequence[float]) -> None:
     if most <= 0:
         return
     least = min(cost for cost in costs if cost >= _LEAST_COST * most)
-    ticks = _log_ticks(least, most)
+    ticks = _log_ticks(least / 1.3, most * 1.3)
     if least == min(costs):
         axes.set_xscale("log")
         axes.set_xlim(least / 1.3, most * 1.3)
