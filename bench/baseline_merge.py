@@ -8,17 +8,14 @@ L layers, N sequences, T tokens, D hidden size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trsp.bench.baseline_orders import block_cosines, check_number, residual_stream
+from trsp.bench.baseline_orders import block_cosines, check_number
+from trsp.pruner.activations import last_projection, residual_stream, watching
 from trsp.pruner.errors import UserError
-from trsp.pruner.families import first_tensor
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import require_finite
 from trsp.pruner.progress import Progress, silent
@@ -134,14 +131,19 @@ def replace_me(
     )
     first = max(range(1, len(cosines)), key=lambda start: cosines[start])
     before, last = first - 1, first + num_to_remove - 1
-    projection = _last_projection(gated, before, input_ids[:1])
+    projection = last_projection(gated, before, input_ids[:1])
+    if projection is None:
+        raise UserError(
+            f"layer {before} has no MLP that ends in one linear projection: a linear map cannot "
+            "be folded into it; leave replace_me out"
+        )
     size = projection.out_features
     gram = torch.zeros(size, size, dtype=torch.float64, device=projection.weight.device)
     moments = torch.zeros_like(gram)
     for start in range(0, len(input_ids), batch_size):
-        with _outputs_of([projection]) as outputs:
+        with watching([projection]) as seen:
             stream = residual_stream(gated, input_ids[start : start + batch_size])
-        mlp = outputs[projection].reshape(-1, size).double()
+        mlp = seen.outputs[projection].reshape(-1, size).double()
         # Z - Y, Y being the output of the layer before without its MLP.
         target = stream[last + 1].reshape(-1, size).double()
         target = target - stream[first].reshape(-1, size).double() + mlp
@@ -209,54 +211,3 @@ def _similarity(
         there = reference.to(hidden.device).float().flatten(1)
         total += float(F.cosine_similarity(hidden.float().flatten(1), there, dim=-1).sum())
     return total / len(input_ids)
-
-
-@dataclass
-class _Outputs:
-    """The last output of each watched module."""
-
-    by_module: dict[nn.Module, Any]
-
-    def __getitem__(self, module: nn.Module) -> Tensor:
-        tensor: Tensor = self.by_module[module]
-        return tensor
-
-
-@contextmanager
-def _outputs_of(modules: list[nn.Module]) -> Iterator[_Outputs]:
-    seen: dict[nn.Module, Any] = {}
-
-    def keep(module: nn.Module, _args: object, output: object) -> None:
-        seen[module] = first_tensor(output)
-
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
-        yield _Outputs(seen)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _last_projection(gated: GatedModel, index: int, batch: Tensor) -> nn.Linear:
-    """The nn.Linear whose output is what the layer's MLP branch adds to the residual stream."""
-    branches = gated.branches[index]
-    if branches is not None:
-        branch = gated.layers[index].get_submodule(branches.mlp)
-        linears = [module for module in branch.modules() if isinstance(module, nn.Linear)]
-        with _outputs_of([branch, *linears]) as outputs:
-            residual_stream(gated, batch)
-        for linear in reversed(linears):
-            # An expert that no token chose has not run.
-            output = outputs.by_module.get(linear)
-            if output is not None and _same_rows(output, outputs[branch]):
-                return linear
-    raise UserError(
-        f"layer {index} has no MLP that ends in one linear projection: a linear map cannot be "
-        "folded into it; leave replace_me out"
-    )
-
-
-def _same_rows(output: Tensor, branch_output: Tensor) -> bool:
-    return output.numel() == branch_output.numel() and torch.equal(
-        output.reshape(branch_output.shape), branch_output
-    )

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trsp.pruner.activations import residual_stream
 from trsp.pruner.criteria import block_influence
 from trsp.pruner.errors import UserError
-from trsp.pruner.families import first_tensor
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import language_model_loss, require_finite
 from trsp.pruner.progress import Progress, silent
@@ -63,31 +63,6 @@ def check_number(gated: GatedModel, num_to_remove: int) -> None:
             f"{num_to_remove} layers are to go of {gated.num_layers}; "
             f"expected 1 to {gated.num_layers - 1}"
         )
-
-
-@torch.no_grad()
-def residual_stream(gated: GatedModel, batch: Tensor) -> list[Tensor]:
-    """What enters each layer of the dense model, then what leaves the last: L + 1 of [B, T, D].
-
-    The last is before the final norm. The output head does not run.
-    """
-    stream: list[Tensor] = []
-
-    def before(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(_module: object, _args: object, output: object) -> None:
-        stream.append(first_tensor(output))
-
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in gated.layers]
-    handles.append(gated.layers[-1].register_forward_hook(after))
-    try:
-        with gated.masking(()):
-            gated.model.base_model(input_ids=batch.to(gated.model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return stream
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp.bench.compare_methods import FOLDS, REFERENCE, Method, parse_method
 from trsp.bench.compare_record import Cell, CompareRecord, Cost, DenseModel
@@ -24,14 +24,27 @@ from trsp.bench.compare_selection import Choice, Chooser, is_nested
 from trsp.bench.compute_meter import ComputeMeter
 from trsp.bench.domain_quality import DomainQuality, Quality
 from trsp.bench.record import environment
-from trsp.pruner.calibration import CalibrationSet, build_calibration
-from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint, sample_weights
+from trsp.pruner.calibration import CalibrationSet, build_calibration, sequence_length
+from trsp.pruner.checkpoint import (
+    Checkpoint,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    sample_weights,
+)
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe, TransferRecipe
-from trsp.pruner.run import context_length, resolve_device
+from trsp.pruner.run import resolve_device
+from trsp.pruner.self_text import (
+    is_self,
+    read_self_text,
+    sample_self_text,
+    self_text_key,
+    write_self_text,
+)
 from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
 from trsp.pruner.transfer import transfer
 from trsp.pruner.windows import cut_windows
@@ -165,28 +178,22 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
     if not options.eval_data:
         raise UserError("no held-out text is given: --eval-data NAME=PATH")
     recipe = options.recipe
+    writes_text = is_self(recipe.calibration.data)
     for paths in options.eval_data.values():
-        refuse_same_files(recipe.calibration.data, [str(path) for path in paths], remedy=_REMEDY)
+        texts_apart = () if writes_text else recipe.calibration.data
+        refuse_same_files(texts_apart, [str(path) for path in paths], remedy=_REMEDY)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust)
-    length = recipe.calibration.sequence_length or min(2048, context_length(checkpoint))
-    calibrations = {
-        seed: build_calibration(
-            recipe.calibration.data,
-            tokenizer,
-            num_sequences=recipe.calibration.num_sequences,
-            sequence_length=length,
-            seed=seed,
-            text_field=recipe.calibration.text_field,
-            progress=progress,
-        )
-        for seed in options.seeds
-    }
+    calibrations = (
+        {} if writes_text else _read_calibrations(options, checkpoint, tokenizer, progress)
+    )
     model = load_model(
         checkpoint,
         dtype=torch.float32,
         device=resolve_device(recipe.device),
         trust_remote_code=trust,
     )
+    if writes_text:
+        calibrations = _write_calibrations(options, checkpoint, tokenizer, model, progress)
     texts = {}
     for name, paths in options.eval_data.items():
         windows = cut_windows(
@@ -199,7 +206,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
             text_field=recipe.calibration.text_field,
             progress=progress,
         )
-        for calibration in calibrations.values():
+        for calibration in () if writes_text else calibrations.values():
             require_no_overlap(
                 calibration.input_ids,
                 windows.ids,
@@ -223,6 +230,49 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
         quality=_measure(bench, model, ()),
     )
     return bench, dense
+
+
+def _read_calibrations(
+    options: CompareOptions,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> dict[int, CalibrationSet]:
+    """The calibration set of each seed, drawn from files."""
+    recipe = options.recipe.calibration
+    return {
+        seed: build_calibration(
+            recipe.data,
+            tokenizer,
+            num_sequences=recipe.num_sequences,
+            sequence_length=sequence_length(checkpoint, recipe.sequence_length),
+            seed=seed,
+            text_field=recipe.text_field,
+            progress=progress,
+        )
+        for seed in options.seeds
+    }
+
+
+def _write_calibrations(
+    options: CompareOptions,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    progress: Progress,
+) -> dict[int, CalibrationSet]:
+    """The calibration set of each seed, which the dense model writes once: cells hang on it."""
+    (options.folder / "done").mkdir(parents=True, exist_ok=True)
+    found = {}
+    for seed in options.seeds:
+        key = self_text_key(checkpoint, tokenizer, options.recipe, seed)
+        path = options.folder / "done" / f"self_text_{key.digest}.safetensors"
+        calibration = read_self_text(path, key)
+        if calibration is None:
+            calibration = sample_self_text(model, tokenizer, key, progress=progress)
+            write_self_text(path, calibration, key)
+        found[seed] = calibration
+    return found
 
 
 def _cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
@@ -342,7 +392,7 @@ def _trained(
 ) -> _Trained:
     calibration = bench.calibrations[seed]
     # The order matters only where layers close one after the other.
-    order = removal_order if recipe.anneal == "progressive" else tuple(sorted(removal_order))
+    order = removal_order if recipe.closing == "progressive" else tuple(sorted(removal_order))
 
     def make() -> dict[str, Any]:
         laps: list[int] = []

@@ -12,13 +12,15 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.recipe import Recipe, SelectionRecipe, TransferRecipe
 
 # The product's selection by name: what differs from the run's own recipe.
-GATES: dict[str, dict[str, Any]] = {
-    "gates": {},
-    "gates_unverified": {"num_candidates": 1},
-    "gates_once": {"round_steps": 0},
+_PAPER: dict[str, Any] = {"method": "gates", "num_candidates": 1, "protected": ()}
+OURS: dict[str, dict[str, Any]] = {
+    "trsp": {},
+    "gates": {"method": "gates"},
+    "gates_unverified": {"method": "gates", "num_candidates": 1},
+    "gates_once": {"method": "gates", "round_steps": 0},
     "influence_verified": {"method": "block_influence"},
-    "paper_output_gates": {"gate_kind": "output", "num_candidates": 1, "protected": ()},
-    "paper_residual_gates": {"gate_kind": "residual", "num_candidates": 1, "protected": ()},
+    "paper_output_gates": {**_PAPER, "gate_kind": "output"},
+    "paper_residual_gates": {**_PAPER, "gate_kind": "residual"},
 }
 ONE_SHOT = "gates_one_shot"
 # They need no training and leave the weights alone (baseline_orders).
@@ -27,30 +29,33 @@ TRAINING_FREE = (
 )  # fmt: skip
 # They change kept weights while they choose (baseline_merge, baseline_streamline).
 FOLDS = ("laco", "replace_me", "streamline")
-SELECTIONS = (*GATES, ONE_SHOT, *TRAINING_FREE, *FOLDS)
+SELECTIONS = (*OURS, ONE_SHOT, *TRAINING_FREE, *FOLDS)
 
 # Ways to train: what differs from the recipe's transfer section.
 _LABELS = {"label_weight": 1.0, "distill_weight": 0.0}
 RECOVERIES: dict[str, dict[str, Any]] = {
     "transfer": {},
-    "penalty": {**_LABELS, "anneal": "none", "norm": "l2"},
-    "penalty_l1": {**_LABELS, "anneal": "none", "norm": "l1"},
-    "finetune": {**_LABELS, "anneal": "closed", "lambda2": 0.0},
-    "distil": {"anneal": "closed", "lambda2": 0.0},
+    "refit": {"closing": "refit", "steps": 0},
+    "penalty": {**_LABELS, "closing": "never", "norm": "l2"},
+    "penalty_l1": {**_LABELS, "closing": "never", "norm": "l1"},
+    "finetune": {**_LABELS, "closing": "at_once"},
+    "distil": {"closing": "at_once"},
     # Ablations of the transfer.
+    "refit_finetune": {**_LABELS, "closing": "refit"},
     "half_labels": {"label_weight": 0.5, "distill_weight": 0.5},
-    "penalty_distil": {"anneal": "none"},
-    "anneal_labels": {**_LABELS, "lambda2": 0.0},
-    "anneal_only": {"lambda2": 0.0},
-    "progressive": {"anneal": "progressive"},
     "entropy": {"by_entropy": True},
     "hidden": {"hidden_weight": 1.0},
+    "linear": {"closing": "linear"},
+    "linear_no_penalty": {"closing": "linear", "lambda2": 0.0},
+    "progressive": {"closing": "progressive"},
+    "penalty_distil": {"closing": "never"},
 }
-REFERENCE = "gates+transfer"
+REFERENCE = "trsp+transfer"
 LABELS = {
-    "gates": "TRSP selection",
-    "gates_unverified": "TRSP selection, unverified",
-    "gates_one_shot": "TRSP selection, one shot",
+    "trsp": "TRSP selection",
+    "gates": "gates, verified",
+    "gates_unverified": "gates",
+    "gates_one_shot": "gates, one shot",
     "gates_once": "gates trained once, verified",
     "influence_verified": "block influence, verified",
     "paper_output_gates": "paper's gates (output)",
@@ -116,7 +121,7 @@ class Method:
 
     def selection_recipe(self, recipe: Recipe) -> SelectionRecipe:
         """The recipe's selection with what this method changes of it."""
-        return recipe.selection.model_copy(update=GATES.get(self.selection, {}))
+        return recipe.selection.model_copy(update=OURS.get(self.selection, {}))
 
     def transfer_recipe(self, recipe: Recipe) -> TransferRecipe:
         """The recipe's transfer with what this method changes of it."""
@@ -134,7 +139,7 @@ def parse_method(text: str) -> Method:
         _require_known("recovery", recovery, tuple(RECOVERIES), text)
     if at and (budget != "flops" or not plus):
         raise UserError(f"method {text!r}: write SELECTION, SELECTION+RECOVERY or ...@flops")
-    if budget == "flops" and RECOVERIES[recovery].get("anneal") != "closed":
+    if budget == "flops" and RECOVERIES[recovery].get("closing") != "at_once":
         raise UserError(
             f"method {text!r}: @flops is for training without the layers (finetune, distil); "
             f"{recovery} is what the budget is taken from"

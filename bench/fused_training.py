@@ -139,7 +139,8 @@ def training_recipe(shape: Shape) -> TransferRecipe:
         batch_size=shape.batch_size,
         label_weight=1,
         distill_weight=0,
-        anneal_fraction=1,
+        closing="linear",
+        closing_fraction=1,
         precision=shape.precision,
     )
 

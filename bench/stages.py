@@ -150,12 +150,12 @@ def measure_stage_2(
     parameters = dict(model.named_parameters())
     common: dict[str, Any] = {"batch_size": len(tokens), "steps": 10_000, "learning_rate": 1e-6}
     recipes = {
-        "paper": TransferRecipe(**common, label_weight=1, distill_weight=0, anneal="none"),
-        "trsp": TransferRecipe(**common),
+        "paper": TransferRecipe(**common, label_weight=1, distill_weight=0, closing="never"),
+        "trsp": TransferRecipe(**common, closing="linear"),
     }
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-6, betas=(0.9, 0.95), fused=True)
     sequences = list(range(len(tokens)))
-    half_annealed = round(recipes["trsp"].anneal_fraction * recipes["trsp"].steps / 2)
+    half_closed = round(recipes["trsp"].closing_fraction * recipes["trsp"].steps / 2)
 
     def plain(loss_of: Callable[[Tensor], Tensor]) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -181,8 +181,8 @@ def measure_stage_2(
         "fine-tuning, distillation": lambda: plain(
             lambda logits: distillation_loss(logits, teacher.logits(sequences), 1.0)
         ),
-        # Half-way through annealing every chosen layer is gated and measured: the dearest step.
-        "trsp": lambda: transfer_step(loops["trsp"], half_annealed),
+        # Half-way through a linear closing every chosen layer is gated and measured: the dearest step.
+        "trsp": lambda: transfer_step(loops["trsp"], half_closed),
     }
     seconds = _medians(arms, repeats, device)
     return {

@@ -395,6 +395,6 @@ class _Search:
 def _why_lambda2(recipe: Recipe) -> str:
     if not recipe.transfer.enabled:
         return "not searched: there is no transfer"
-    if recipe.transfer.anneal == "none":
-        return "not searched: the recipe's own; without annealing it decides the jump at deletion"
-    return "not searched: where the gates are annealed its values tie in our measurements"
+    if recipe.transfer.closing in ("refit", "at_once"):
+        return "not in use: the layers are closed from the first step on"
+    return "not searched: the recipe's own"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trsp.pruner.checkpoint import Checkpoint
 from trsp.pruner.errors import UserError
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.text_files import Fragment, read_fragments
@@ -118,6 +119,30 @@ def build_calibration(
         seed=seed,
         add_bos=add_bos,
     )
+
+
+def sequence_length(checkpoint: Checkpoint, asked: int | None = None) -> int:
+    """Tokens of a calibration sequence: as many as asked for, or the context's, at most 2048.
+
+    Raises:
+        UserError: the context is shorter, or config.json states none and nothing is asked for.
+    """
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    stated = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+    context = next((int(value) for value in stated if isinstance(value, int)), None)
+    if context is None and asked is None:
+        raise UserError(
+            f"{checkpoint.path}: config.json states no context length; set "
+            "calibration.sequence_length"
+        )
+    if context is None or asked is None:
+        return asked or min(2048, context or 2048)
+    if asked > context:
+        raise UserError(
+            f"calibration.sequence_length {asked} is longer than the model's context, "
+            f"{context} tokens"
+        )
+    return asked
 
 
 @dataclass

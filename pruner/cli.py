@@ -161,6 +161,13 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     if report["transfer"]:
         transfer = report["transfer"]
         left = max(transfer["residual_difference"].values())
+        shown = [
+            f"{entry['first']} to {entry['last']}: {entry['explained']:.0%}"
+            for entry in transfer["refits"]
+            if entry["explained"] is not None
+        ]
+        if shown:
+            lines.append(f"refit    of what layers {', '.join(shown)} added to the stream")
         lines.append(
             f"deletion residual difference {left:.2e}, jump in loss "
             f"{transfer['jump_at_deletion']:+.4f} nats; calibration loss "

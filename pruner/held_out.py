@@ -28,13 +28,12 @@ class SplitCalibration:
     held_out: Tensor
 
 
-def hold_out(calibration: CalibrationSet, part: float, seed: int) -> SplitCalibration:
-    """Hold out `part` of the sequences, at least MIN_HELD_OUT, drawn by `seed`.
+def count_held_out(count: int, part: float) -> int:
+    """How many of `count` sequences are held out as `part`, at least MIN_HELD_OUT.
 
     Raises:
         CalibrationError: fewer than MIN_TRAINED would be left.
     """
-    count = len(calibration.input_ids)
     num_held_out = max(MIN_HELD_OUT, round(part * count))
     if count - num_held_out < MIN_TRAINED:
         raise CalibrationError(
@@ -42,6 +41,13 @@ def hold_out(calibration: CalibrationSet, part: float, seed: int) -> SplitCalibr
             f"{MIN_TRAINED} to train on; give more (--set calibration.num_sequences=N) or hold out "
             "less (--set auto.held_out=X)"
         )
+    return num_held_out
+
+
+def hold_out(calibration: CalibrationSet, part: float, seed: int) -> SplitCalibration:
+    """Hold out `part` of the sequences, drawn by `seed`; how many and errors as count_held_out."""
+    count = len(calibration.input_ids)
+    num_held_out = count_held_out(count, part)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held_out, rest = order[:num_held_out].sort().values, order[num_held_out:].sort().values
     trained = calibration.input_ids[rest]

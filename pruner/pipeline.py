@@ -15,13 +15,13 @@ from typing import Any
 from trsp.pruner.auto import search
 from trsp.pruner.auto_plan import plan_search
 from trsp.pruner.auto_record import AutoRecord
-from trsp.pruner.calibration import CalibrationSet
+from trsp.pruner.calibration import CalibrationSet, sequence_length
 from trsp.pruner.checkpoint import load_model, open_checkpoint, sample_weights
 from trsp.pruner.compaction import check_layer_map, compact, plan_compaction
 from trsp.pruner.durable import refuse_existing, run_lock, sweep_leftovers
 from trsp.pruner.errors import Interrupted, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
-from trsp.pruner.held_out import hold_out
+from trsp.pruner.held_out import count_held_out
 from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.model_card import model_card, verdict
 from trsp.pruner.progress import Progress, silent
@@ -70,13 +70,14 @@ def prune(
         if given is None:
             run.check_target()
         run.refuse_same_files()
-        calibration = run.calibration()
-        _require_text(recipe, given, calibration)
-        if recipe.auto is not None and calibration is not None:
-            hold_out(calibration, recipe.auto.held_out, recipe.seed)
+        _require_text(recipe, given)
+        if recipe.auto is not None:
+            count_held_out(recipe.calibration.num_sequences, recipe.auto.held_out)
+        calibration = run.calibration(resume=resume)
         run.check_evaluation_text(calibration)
         run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
+        run.keep_calibration(calibration)
         try:
             return _run_stages(run, given, calibration, out, overwrite, vllm, command)
         except Interrupted as stop:
@@ -110,17 +111,27 @@ def _run_stages(
     record = None
     if calibration is not None and run.recipe.transfer.enabled:
         record = run.transfer(given, calibration)
+        run.texts.warnings += _refit_warnings(record)
     if calibration is not None:
         run.measure_calibration_text(calibration, record)
     return _publish(run, given, record, searched, out, overwrite, vllm, command)
 
 
-def _require_text(
-    recipe: Recipe, given: LayerMap | None, calibration: CalibrationSet | None
-) -> None:
-    if calibration is None and recipe.auto is not None:
+def _refit_warnings(transfer: dict[str, Any]) -> list[str]:
+    """A run of layers whose work no projection could take over, one line each."""
+    return [
+        f"layers {entry['first']} to {entry['last']} go without a refit: {entry['reason']}; only "
+        "the training after it makes up for them"
+        for entry in transfer["refits"]
+        if entry["reason"] is not None
+    ]
+
+
+def _require_text(recipe: Recipe, given: LayerMap | None) -> None:
+    has_text = bool(recipe.calibration.data)
+    if not has_text and recipe.auto is not None:
         raise UserError("auto searches by the loss on text: give it with --data")
-    if calibration is None and given is None:
+    if not has_text and given is None:
         raise UserError(
             "nothing says which layers go: give text to learn from (--data), or name the "
             "layers (--keep, --map)"
@@ -130,7 +141,8 @@ def _require_text(
 def _keep_inputs_safe(run: Run, out: Path, layer_map: Path | None) -> None:
     """Refuse outputs that hold an input, or lie in the model: replacing them would delete it."""
     recipe = run.recipe
-    inputs = [run.model, *map(Path, (*recipe.calibration.data, *recipe.evaluation.data))]
+    texts = (*(() if run.writes_text else recipe.calibration.data), *recipe.evaluation.data)
+    inputs = [run.model, *map(Path, texts)]
     if layer_map is not None:
         inputs.append(layer_map)
     for output in (out.resolve(), run.folder.path.resolve()):
@@ -170,10 +182,11 @@ def plan(
         )
         _keep_inputs_safe(run, out, None)
         run.check_target()
-        calibration = run.calibration()
+        calibration = run.calibration(resume=resume)
         if calibration is None:
             raise UserError("stage 1 learns from text: give it with --data")
         run.folder.begin(_identity(run, None, calibration), resume=resume, overwrite=overwrite)
+        run.keep_calibration(calibration)
         try:
             layer_map = run.select(calibration)
         except Interrupted as stop:
@@ -204,12 +217,13 @@ def describe(
     lines = [f"model      {model}: {num_layers} layers"]
     given = _given_map(run, layer_map)
     run.refuse_same_files()
-    calibration = run.calibration()
-    run.check_evaluation_text(calibration)
-    if calibration is not None:
-        num_sequences, length = calibration.input_ids.shape
-        lines.append(f"text       {num_sequences} sequences of {length} tokens")
-    _require_text(recipe, given, calibration)
+    run.check_evaluation_text(None if run.writes_text else run.calibration())
+    _require_text(recipe, given)
+    has_text, num_sequences = bool(recipe.calibration.data), recipe.calibration.num_sequences
+    if has_text:
+        length = sequence_length(checkpoint, recipe.calibration.sequence_length)
+        origin = ", which the model writes" if run.writes_text else ""
+        lines.append(f"text       {num_sequences} sequences of {length} tokens{origin}")
     if given is not None:
         lines += plan_compaction(checkpoint, given).describe().splitlines()
     else:
@@ -221,17 +235,17 @@ def describe(
             f"{recipe.selection.method}; "
             f"protected: {protected}"
         )
-    if calibration is not None and recipe.transfer.enabled:
+    if has_text and recipe.transfer.enabled:
         kind = f"LoRA rank {recipe.transfer.lora.rank}" if recipe.transfer.lora else "all weights"
         lines.append(
             f"transfer   {recipe.transfer.steps} steps of {recipe.transfer.batch_size} sequences, "
             f"{kind}"
         )
-    if recipe.auto is not None and calibration is not None:
-        split = hold_out(calibration, recipe.auto.held_out, recipe.seed)
+    if recipe.auto is not None:
+        num_held_out = count_held_out(num_sequences, recipe.auto.held_out)
         lines.append(
-            f"search     {len(split.held_out)} of {len(calibration.input_ids)} sequences are held "
-            f"out; {plan_search(recipe, num_layers).describe()}"
+            f"search     {num_held_out} of {num_sequences} sequences are held out; "
+            f"{plan_search(recipe, num_layers).describe()}"
         )
     return lines
 

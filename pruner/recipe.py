@@ -22,8 +22,9 @@ Fraction = Field(gt=0, lt=1)
 FuseNorms = Literal["auto", "on", "off"]
 
 
-# How the chosen layers close: all together, one after the other, never, or before the first step.
-Anneal = Literal["linear", "progressive", "none", "closed"]
+# How the chosen layers close: before the first step, with or without the projections before them
+# refitted; all together or one after the other while the rest learns; never.
+Closing = Literal["refit", "at_once", "linear", "progressive", "never"]
 
 
 class _Section(BaseModel):
@@ -39,10 +40,15 @@ class CalibrationRecipe(_Section):
     sequence_length: int | None = Field(None, ge=8, description="None: min(2048, context)")
 
 
+# What says which layer goes next: the loss without it, or trained gates, or how little a layer
+# turns the residual stream; the last two propose, and the loss without them decides.
+SelectionMethod = Literal["masked_loss", "gates", "block_influence"]
+
+
 class SelectionRecipe(_Section):
     """Stage 1: which layers go (selection.py)."""
 
-    method: Literal["gates", "block_influence"] = "gates"
+    method: SelectionMethod = "masked_loss"
     gate_kind: Literal["residual", "output"] = "residual"
     lambda1: float = Field(0.1, ge=0)
     lambda1_units: Literal["relative", "absolute"] = "relative"
@@ -50,7 +56,7 @@ class SelectionRecipe(_Section):
     first_round_steps: int = Field(64, ge=1)
     round_steps: int = Field(16, ge=0, description="0: the first round's gates serve all picks")
     batch_size: int = Field(4, ge=1)
-    num_candidates: int = Field(4, ge=1, description="1: the smallest gate decides alone")
+    num_candidates: int = Field(4, ge=1, description="1: the gate or influence decides alone")
     verification_sequences: int = Field(16, ge=1)
     protected: tuple[int, ...] = Field((0,), description="negative counts from the last layer")
     fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA")
@@ -67,7 +73,7 @@ class TransferRecipe(_Section):
     """Stage 2: move the knowledge before deletion (transfer.py)."""
 
     enabled: bool = True
-    steps: int = Field(64, ge=1)
+    steps: int = Field(64, ge=0, description="0: the refit alone")
     batch_size: int = Field(4, ge=1, description="sequences an optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
     learning_rate: float | None = Field(None, gt=0, description="None: 0.1 / hidden size")
@@ -83,8 +89,9 @@ class TransferRecipe(_Section):
     norm: Literal["l1", "l2", "l2_squared"] = "l2"
     norm_units: Literal["relative", "absolute"] = "relative"
     ramp_fraction: float = Field(0.0, ge=0, le=1, description="lambda2 grows from 0 over this part")
-    anneal: Anneal = "linear"
-    anneal_fraction: float = Field(0.25, gt=0, le=1)
+    closing: Closing = "refit"
+    closing_fraction: float = Field(0.25, gt=0, le=1, description="linear, progressive: of steps")
+    ridge: float = Field(0.01, ge=0, description="of the refit, relative (refit.py)")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_activations: bool = False
     fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA without checkpointing")
@@ -95,6 +102,10 @@ class TransferRecipe(_Section):
         if self.label_weight == self.distill_weight == self.hidden_weight == 0:
             raise ValueError(
                 "label_weight, distill_weight and hidden_weight are all 0: nothing to learn from"
+            )
+        if self.steps == 0 and self.closing != "refit":
+            raise ValueError(
+                f"no steps with closing {self.closing!r} do nothing; give steps, or closing 'refit'"
             )
         if self.fuse_norms == "on" and self.checkpoint_activations:
             raise ValueError("fuse_norms 'on' excludes checkpoint_activations: choose 'auto'")
@@ -211,11 +222,11 @@ class Recipe(_Section):
 
 
 PAPER: dict[str, Any] = {
-    "selection": {"gate_kind": "output", "num_candidates": 1, "protected": []},
+    "selection": {"method": "gates", "gate_kind": "output", "num_candidates": 1, "protected": []},
     "transfer": {
         "label_weight": 1.0,
         "distill_weight": 0.0,
-        "anneal": "none",
+        "closing": "never",
         "lambda2": 0.03,
         "norm": "l2",
     },

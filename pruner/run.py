@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trsp.pruner.calibration import CalibrationSet, build_calibration
+from trsp.pruner.calibration import CalibrationSet, build_calibration, sequence_length
 from trsp.pruner.checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -32,6 +32,14 @@ from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe
 from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.selection import check_target, select_layers
+from trsp.pruner.self_text import (
+    SelfTextKey,
+    is_self,
+    read_self_text,
+    sample_self_text,
+    self_text_key,
+    write_self_text,
+)
 from trsp.pruner.text_checks import (
     WARNED_SHARE,
     TextFindings,
@@ -42,7 +50,7 @@ from trsp.pruner.text_checks import (
     refuse_same_files,
     require_no_overlap,
 )
-from trsp.pruner.text_files import read_texts
+from trsp.pruner.text_files import find_files, read_texts
 from trsp.pruner.transfer import NUM_MEASURED_SEQUENCES, TransferState, transfer
 from trsp.pruner.windows import token_stream
 
@@ -94,27 +102,51 @@ class Run:
         check_tokenizer(self.checkpoint, tokenizer)
         return tokenizer
 
-    def calibration(self) -> CalibrationSet | None:
-        """The calibration sequences, or None where the recipe names no text."""
+    def calibration(self, *, resume: bool = False) -> CalibrationSet | None:
+        """The calibration sequences, or None where the recipe names no text.
+
+        Args:
+            resume: text that the model wrote is what keep_calibration kept.
+        """
         recipe = self.recipe.calibration
         if not recipe.data:
             return None
-        context = context_length(self.checkpoint)
-        length = recipe.sequence_length or min(2048, context)
-        if length > context:
-            raise UserError(
-                f"calibration.sequence_length {length} is longer than the model's context, "
-                f"{context} tokens"
-            )
+        if self.writes_text:
+            return self._self_text(self._self_text_key(), resume=resume)
         return build_calibration(
             recipe.data,
             self.tokenizer(),
             num_sequences=recipe.num_sequences,
-            sequence_length=length,
+            sequence_length=sequence_length(self.checkpoint, recipe.sequence_length),
             seed=self.recipe.seed,
             text_field=recipe.text_field,
             progress=self.progress,
         )
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the dense model writes the calibration text: `--data self`."""
+        return is_self(self.recipe.calibration.data)
+
+    def _self_text(self, key: SelfTextKey, *, resume: bool) -> CalibrationSet:
+        kept = read_self_text(self.folder.self_text, key) if resume else None
+        if kept is not None:
+            self.costs["self text"] = (self.folder.read_record("self_text_record") or {})["cost"]
+            return kept
+        with StageCost(self.device) as cost:
+            drawn = sample_self_text(self.load(), self.tokenizer(), key, progress=self.progress)
+            free_memory()
+        self.costs["self text"] = cost.to_document()
+        return drawn
+
+    def keep_calibration(self, calibration: CalibrationSet | None) -> None:
+        """Keep text that the model wrote: drawn again, it could differ. Files are read again."""
+        if calibration is not None and self.writes_text and not self.folder.self_text.is_file():
+            self.folder.write_record("self_text_record", {"cost": self.costs["self text"]})
+            write_self_text(self.folder.self_text, calibration, self._self_text_key())
+
+    def _self_text_key(self) -> SelfTextKey:
+        return self_text_key(self.checkpoint, self.tokenizer(), self.recipe, self.recipe.seed)
 
     def base_model(self) -> BaseModel:
         return base_model_of(self.checkpoint)
@@ -133,7 +165,9 @@ class Run:
         """Refuse held-out files that are calibration files, before anything is tokenized."""
         recipe = self.recipe
         texts = (recipe.calibration.data, recipe.evaluation.data)
-        if all(texts) and not recipe.evaluation.allow_overlap:
+        if self.writes_text:
+            find_files(recipe.evaluation.data)  # one that is missing, before the model writes
+        elif all(texts) and not recipe.evaluation.allow_overlap:
             refuse_same_files(*texts)
 
     def check_evaluation_text(self, calibration: CalibrationSet | None) -> None:
@@ -151,7 +185,9 @@ class Run:
                 text_field=text_field,
                 progress=self.progress,
             ).ids
-            check = overlap if recipe.allow_overlap else require_no_overlap
+            # What the model wrote was trained on by nobody's mistake: a warning, no refusal.
+            allowed = recipe.allow_overlap or self.writes_text
+            check = overlap if allowed else require_no_overlap
             found = check(calibration.input_ids, held_out)
             self.texts.overlap = found
             self.texts.held_out_bytes = bytes_per_token(tokenizer, held_out)
@@ -168,6 +204,7 @@ class Run:
             loss, count = transfer_record["loss_dense"], NUM_MEASURED_SEQUENCES
         if loss is not None:
             num_bytes = bytes_per_token(self.tokenizer(), calibration.input_ids[:count])
+            self.texts.own_text = self.writes_text
             self.texts.calibration_bits = bits_per_byte(loss, num_bytes)
 
     def require_disk(self, *, trained: bool) -> None:
@@ -312,17 +349,6 @@ def base_model_of(checkpoint: Checkpoint, name: str | None = None) -> BaseModel:
         num_hidden_layers=checkpoint.num_hidden_layers,
         fingerprint=checkpoint.fingerprint,
         weights_sha256=sample_weights(checkpoint),
-    )
-
-
-def context_length(checkpoint: Checkpoint) -> int:
-    """The most tokens the model takes; UserError when its config does not say."""
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise UserError(
-        f"{checkpoint.path}: config.json states no context length; set calibration.sequence_length"
     )
 
 

@@ -1,6 +1,7 @@
 """What an unfinished run leaves beside its output, `OUT.run/`, so that `--resume` can go on.
 
     run.json           what run this is: settings, weights, calibration hash
+    self_text.safetensors  the calibration text where the model wrote it; self_text_record.json
     selection.json     finished rounds of stage 1
     layer_map.json     the chosen layers, with selection_record.json
     transfer_state/    weights, optimizer and position within stage 2
@@ -50,6 +51,10 @@ class RunFolder:
         return self.path / "layer_map.json"
 
     @property
+    def self_text(self) -> Path:
+        return self.path / "self_text.safetensors"
+
+    @property
     def transferred(self) -> Path:
         return self.path / "transferred"
 
@@ -75,7 +80,8 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Clear what killed runs left half-written."""
-        for name in (self.transferred, self._transfer_state, self.path / "run.json"):
+        run = self.path / "run.json"
+        for name in (self.transferred, self._transfer_state, self.self_text, run):
             sweep_leftovers(name)
 
     def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -1,4 +1,12 @@
-"""Stage 1: learn which layers the model can do without.
+"""Stage 1: learn which layers the model can do without, one after the other.
+
+By `masked_loss` each pick is the layer without which the language-model loss is lowest: the greedy
+search of SLEB (arXiv 2402.09025), made lazy (Minoux, 1978). What a layer cost when it was last
+measured stands for what it costs now, and only the cheapest is measured again, until it stays the
+cheapest: a few layers a round instead of all. Where no layer gets cheaper as others go, these are
+the full search's picks; nothing is trained.
+
+By `gates`, the paper's way, they are learned:
 
     loss = L_LM(gates) + lambda1 * S * sum |gates|        weights frozen, gates [L] fp32
 
@@ -104,13 +112,17 @@ def select_layers(
             if recipe.method == "block_influence":
                 scores = _block_influence(model, input_ids, recipe, progress)
             while len(state.picks) < num_to_remove:
-                if scores is None:
-                    state = _run_round(
-                        gated, input_ids, recipe, num_to_remove, protected, seed, state, progress
+                if recipe.method == "masked_loss":
+                    state = _pick_by_masked_loss(
+                        gated, verification, recipe, num_to_remove, protected, state, progress
                     )
-                else:
+                elif scores is not None:
                     state = _pick_by_influence(
                         gated, input_ids, recipe, num_to_remove, protected, scores, state, progress
+                    )
+                else:
+                    state = _run_round(
+                        gated, input_ids, recipe, num_to_remove, protected, seed, state, progress
                     )
                 on_round(state)
     finally:
@@ -136,6 +148,51 @@ def _block_influence(
     for layer, score in enumerate(scores):
         require_finite(score, f"the block influence of layer {layer}", 0, [])
     return scores
+
+
+def _pick_by_masked_loss(
+    gated: GatedModel,
+    verification: Tensor,
+    recipe: SelectionRecipe,
+    num_to_remove: int,
+    protected: frozenset[int],
+    state: SelectionState,
+    progress: Progress,
+) -> SelectionState:
+    """Pick the layer that costs least, measuring again only what could still be it."""
+    index = len(state.picks)
+    remaining = _remaining(gated.num_layers, protected, state)
+    loss, known = _last_costs(state)
+    measured: dict[int, float] = {}
+    while True:
+        # What was never measured comes first.
+        pick = min(remaining, key=lambda layer: (known.get(layer, -math.inf), layer))
+        if pick in measured:
+            break
+        measured[pick] = gated.masked_loss(verification, (*state.picks, pick), recipe.batch_size)
+        require_finite(measured[pick], f"the loss without layer {pick}", index, [pick])
+        known[pick] = measured[pick] - loss
+        progress(f"loss without, round {index + 1}/{num_to_remove}", len(measured), len(remaining))
+    record = {
+        "round": index,
+        "picked": pick,
+        "criterion": "masked_loss",
+        "candidates": list(measured),
+        "candidate_losses": list(measured.values()),
+    }
+    return SelectionState(
+        state.dense_loss, state.gates, (*state.picks, pick), (*state.rounds, record)
+    )
+
+
+def _last_costs(state: SelectionState) -> tuple[float, dict[int, float]]:
+    """The loss without the layers picked, and what each layer added when it was last measured."""
+    loss, known = state.dense_loss, {}
+    for record in state.rounds:
+        losses = dict(zip(record["candidates"], record["candidate_losses"], strict=True))
+        known.update({layer: value - loss for layer, value in losses.items()})
+        loss = losses[record["picked"]]
+    return loss, known
 
 
 def _pick_by_influence(

@@ -93,12 +93,14 @@ class TextFindings:
         held_out_bytes: UTF-8 bytes per token of the held-out text.
         calibration_bits: the dense model's loss on the calibration text, bits per byte.
         held_out_bits: the same on the held-out text.
+        own_text: whether the dense model wrote the calibration text.
     """
 
     overlap: Overlap | None = None
     held_out_bytes: float | None = None
     calibration_bits: float | None = None
     held_out_bits: float | None = None
+    own_text: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def to_document(self) -> dict[str, Any]:
@@ -106,7 +108,8 @@ class TextFindings:
         return {
             "overlap": None if self.overlap is None else self.overlap.to_document(),
             "bits_per_byte": {"calibration": self.calibration_bits, "held_out": self.held_out_bits},
-            "warnings": self.warnings + domain_warnings(self.calibration_bits, self.held_out_bits),
+            "warnings": self.warnings
+            + domain_warnings(self.calibration_bits, self.held_out_bits, own_text=self.own_text),
         }
 
 
@@ -240,10 +243,17 @@ def bits_per_byte(loss: float, num_bytes: float) -> float | None:
     return loss / math.log(2) / num_bytes if num_bytes else None
 
 
-def domain_warnings(calibration: float | None, held_out: float | None = None) -> list[str]:
-    """What the dense model's losses, in bits per byte, say against the texts; mostly nothing."""
+def domain_warnings(
+    calibration: float | None, held_out: float | None = None, *, own_text: bool = False
+) -> list[str]:
+    """What the dense model's losses, in bits per byte, say against the texts; mostly nothing.
+
+    Args:
+        own_text: the dense model wrote the calibration text: it knows such text, however many bits
+            that takes.
+    """
     warnings = []
-    if calibration is not None and calibration > MAX_BITS_PER_BYTE:
+    if calibration is not None and calibration > MAX_BITS_PER_BYTE and not own_text:
         warnings.append(
             f"the dense model needs {calibration:.2f} bits per byte of the calibration text "
             f"(above {MAX_BITS_PER_BYTE} it hardly knows such text): which layers matter for its "

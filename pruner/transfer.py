@@ -9,11 +9,13 @@ residual stream. The paper's form (arXiv 2505.18232, stage 2) is label_weight 1,
 One Frobenius norm over B x T tokens, as in its authors' release, is lambda2 * sqrt(B * T) here.
 H is the relative squared distance of the last hidden states from the dense model's.
 
-With `anneal: linear` the chosen layers' gates fall from 1 to exactly 0 over the first
-`anneal_fraction` of the steps: whatever of them is left then, deletion changes nothing. From
-there on they are skipped, and a step costs what a step of the shallower model costs. With
-`progressive` they fall one after the other over that part, in the order of removal. `closed` skips
-them from the first step on: that is pruning, then training, said by its name.
+How the chosen layers close. `refit`: they are skipped from the first step on, and before it the
+projections before them take over what they can of their work in closed form (refit.py).
+`at_once`: skipped, and nothing else: that is pruning, then training, said by its name. `linear`:
+their gates fall from 1 to exactly 0 over the first `closing_fraction` of the steps; `progressive`:
+one after the other over that part, in the order of removal. Whatever is left of them then, deletion
+changes nothing, and a step costs what a step of the shallower model costs. `never`: the penalty
+alone makes them small, as in the paper, and deletion takes away what is left.
 
 L layers, N sequences, T tokens.
 """
@@ -21,7 +23,7 @@ L layers, N sequences, T tokens.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ from trsp.pruner.losses import (
 )
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import LoraRecipe, TransferRecipe
+from trsp.pruner.refit import Refit, refit
 from trsp.pruner.sampling import batch_indices
 
 # At most this many calibration sequences measure the jump at deletion.
@@ -57,7 +60,8 @@ class TransferResult:
         branch_difference: the same at gate 1: what is left inside the layer.
         loss_dense, loss_before_deletion, loss_after_deletion: language-model loss on calibration
             text, nats: of the model as it came, as transfer left it, and without the layers. With
-            annealing the last two are the same by construction: the layers are already closed.
+            closed layers the last two are the same by construction.
+        refits: what the projections took over before the first step; empty without a refit.
     """
 
     steps: tuple[dict[str, float], ...]
@@ -66,6 +70,7 @@ class TransferResult:
     loss_dense: float
     loss_before_deletion: float
     loss_after_deletion: float
+    refits: tuple[Refit, ...] = ()
 
     def to_document(self) -> dict[str, Any]:
         document = asdict(self)
@@ -113,6 +118,7 @@ def transfer(
         micro = recipe.micro_batch_size or recipe.batch_size
         with autocast(model, recipe):
             teacher = record_teacher(model, input_ids, batch_size=micro, progress=progress)
+    loss_dense, refits = _start(model, input_ids, recipe, dropped, progress)
     with (
         _trainable(model, recipe.lora) as parameters,
         GatedModel(
@@ -123,8 +129,6 @@ def transfer(
         ) as gated,
     ):
         sample = input_ids[:NUM_MEASURED_SEQUENCES]
-        with autocast(model, recipe):
-            loss_dense = gated.masked_loss(sample, (), recipe.micro_batch_size or recipe.batch_size)
         loop = TransferLoop(gated, parameters, input_ids, recipe, dropped, teacher, seed)
         records = loop.restore(state) if state is not None else []
         for step in range(len(records), recipe.steps):
@@ -135,19 +139,42 @@ def transfer(
                 raise
             on_step(step + 1, lambda: loop.snapshot(records))
             progress("transfer", step + 1, recipe.steps)
-        return _measure_end(gated, sample, recipe, dropped, records, loss_dense)
+        result = _measure_end(gated, sample, recipe, dropped, records, loss_dense)
+        return replace(result, refits=refits)
 
 
-def anneal_gates(recipe: TransferRecipe, step: int, dropped: tuple[int, ...]) -> dict[int, float]:
-    """The chosen layers' gates at `step`: from 1 linearly to exactly 0 where they are annealed.
+def _start(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    recipe: TransferRecipe,
+    dropped: tuple[int, ...],
+    progress: Progress,
+) -> tuple[float, tuple[Refit, ...]]:
+    """The dense model's loss, then the refit, in place, where the recipe has one.
 
-    All of them over the first `anneal_fraction` of the steps (linear), or each over its own part of
+    A resumed transfer does it again: the teacher and the refit are of the dense model.
+    """
+    micro = recipe.micro_batch_size or recipe.batch_size
+    with GatedModel(model, fuse_norms="off") as gated, autocast(model, recipe):
+        loss_dense = gated.masked_loss(input_ids[:NUM_MEASURED_SEQUENCES], (), micro)
+        if recipe.closing != "refit":
+            return loss_dense, ()
+        refits = refit(
+            gated, input_ids, dropped, ridge=recipe.ridge, batch_size=micro, progress=progress
+        )
+    return loss_dense, refits
+
+
+def closing_gates(recipe: TransferRecipe, step: int, dropped: tuple[int, ...]) -> dict[int, float]:
+    """The chosen layers' gates at `step`: from 1 linearly to exactly 0 where they close in training.
+
+    All of them over the first `closing_fraction` of the steps (linear), or each over its own part of
     that (progressive), `dropped` being in order of removal.
     """
-    if recipe.anneal in ("none", "closed"):
-        return dict.fromkeys(dropped, 1.0 if recipe.anneal == "none" else 0.0)
-    last = max(1, math.ceil(recipe.anneal_fraction * recipe.steps) - 1)
-    parts = len(dropped) if recipe.anneal == "progressive" else 1
+    if recipe.closing in ("refit", "at_once", "never"):
+        return dict.fromkeys(dropped, 1.0 if recipe.closing == "never" else 0.0)
+    last = max(1, math.ceil(recipe.closing_fraction * recipe.steps) - 1)
+    parts = len(dropped) if recipe.closing == "progressive" else 1
     gates = {}
     for place, layer in enumerate(dropped):
         done = step / last * parts - (place if parts > 1 else 0)
@@ -206,7 +233,7 @@ class TransferLoop:
     def step(self, step: int) -> dict[str, float]:
         """Run one optimizer step; its losses (means over micro-batches) in nats."""
         recipe, model = self.recipe, self.gated.model
-        gates = anneal_gates(recipe, step, self.dropped)
+        gates = closing_gates(recipe, step, self.dropped)
         self._set_gates(gates)
         sequences = batch_indices(
             step, num_sequences=len(self.input_ids), batch_size=recipe.batch_size, seed=self.seed
@@ -339,7 +366,7 @@ def _measure_end(
 ) -> TransferResult:
     """The residual difference and the jump in loss at deletion, on calibration text."""
     micro = recipe.micro_batch_size or recipe.batch_size
-    final_gate = anneal_gates(recipe, recipe.steps - 1, dropped)
+    final_gate = closing_gates(recipe, recipe.steps - 1, dropped)
     gated.skipped, gated.gated, gated.measured = frozenset(), frozenset(), frozenset(dropped)
     branch = dict.fromkeys(sorted(dropped), 0.0)
     before = 0.0

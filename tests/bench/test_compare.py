@@ -56,7 +56,7 @@ def options(model: Path, texts: dict[str, Path], folder: Path, **changes: Any) -
         "eval_data": {"near": [texts["near"]], "far": [texts["far"]]},
         "num_removed": (1, 2),
         "seeds": (0,),
-        "methods": tuple(map(parse_method, ("gates", "gates+transfer"))),
+        "methods": tuple(map(parse_method, ("gates", "trsp+transfer"))),
         "folder": folder,
         "window": 32,
     }
@@ -75,9 +75,9 @@ def test_every_method_gives_a_cell(
     pico_llama: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     names = (
-        "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor", "gates",
+        "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor", "trsp", "gates",
         "gates_unverified", "gates_one_shot", "paper_output_gates", "paper_residual_gates", "laco",
-        "replace_me", "streamline", "paper_output_gates+penalty", "gates+transfer", "sleb+distil",
+        "replace_me", "streamline", "paper_output_gates+penalty", "trsp+transfer", "sleb+distil",
     )  # fmt: skip
     asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
     records = list(run_compare(asked))
@@ -93,7 +93,7 @@ def test_every_method_gives_a_cell(
     assert read_compare_record(tmp_path / "record.json") == record
     assert len(quality_rows(record, 2, "near")) == len(names) + 1
     assert markdown(record, 2, "far").count("\n") == len(names) + 3
-    transfer = next(cell for cell in record.cells if cell.method == "gates+transfer")
+    transfer = next(cell for cell in record.cells if cell.method == "trsp+transfer")
     assert transfer.jump == 0.0
     assert transfer.training is not None
     assert transfer.training.tokens == 6 * 2 * 16
@@ -103,7 +103,7 @@ def test_no_cell_leaves_a_trace_on_the_next(
     pico_llama: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     """A cell alone is the cell after others that change weights, bit for bit."""
-    names = ("laco", "streamline", "replace_me", "gates+finetune", "sleb")
+    names = ("laco", "streamline", "replace_me", "trsp+finetune", "sleb")
     together = last(
         run_compare(options(pico_llama, texts, tmp_path / "all", methods=methods(*names)))
     )
@@ -118,7 +118,7 @@ def test_no_cell_leaves_a_trace_on_the_next(
 def test_equal_operations_are_nearly_equal_and_not_more(
     pico_llama: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    names = ("gates+transfer", "last+distil", "last+distil@flops")
+    names = ("trsp+transfer", "last+distil", "last+distil@flops")
     record = last(
         run_compare(options(pico_llama, texts, tmp_path / "out", methods=methods(*names)))
     )
@@ -202,7 +202,7 @@ def test_methods_that_agree_share_what_they_train(
         return original(*arguments, **words)
 
     monkeypatch.setattr(compare_module, "transfer", counted)
-    names = ("random+distil", "random+distil@flops", "gates+transfer", "random+progressive")
+    names = ("random+distil", "random+distil@flops", "trsp+transfer", "random+progressive")
     asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
     last(run_compare(asked))
     assert len(calls) == 4
@@ -218,11 +218,11 @@ def test_seeds_give_intervals_and_the_reference_is_paired(
         texts,
         tmp_path / "out",
         seeds=(0, 1),
-        methods=methods("gates+transfer", "last"),
+        methods=methods("trsp+transfer", "last"),
     )
     record = last(run_compare(asked))
     rows = {(row.method, row.num_removed): row for row in summarize(record)}
-    reference, other = rows["gates+transfer", 1], rows["last", 1]
+    reference, other = rows["trsp+transfer", 1], rows["last", 1]
     assert reference.texts is not None
     assert other.texts is not None
     assert reference.texts["near"].to_reference is not None

@@ -30,7 +30,7 @@ def test_a_name_is_read_as_it_is_written() -> None:
         ("sleb+", "recovery '' is unknown"),
         ("sleb@flops", "SELECTION"),
         ("sleb+finetune@seconds", "SELECTION"),
-        ("gates+transfer@flops", "what the budget is taken from"),
+        ("trsp+transfer@flops", "what the budget is taken from"),
         ("", "selection '' is unknown"),
     ],
 )
@@ -52,7 +52,7 @@ def test_recoveries_are_valid_recipes_and_mean_what_they_say() -> None:
         Method("gates", recovery).transfer_recipe(recipe)
     assert parse_method(REFERENCE).transfer_recipe(recipe) == recipe.transfer
     finetune = Method("gates", "finetune").transfer_recipe(recipe)
-    assert (finetune.anneal, finetune.distill_weight, finetune.lambda2) == ("closed", 0.0, 0.0)
+    assert (finetune.closing, finetune.distill_weight) == ("at_once", 0.0)
 
 
 def test_the_papers_method_is_the_papers_preset() -> None:

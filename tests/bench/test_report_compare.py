@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DENSE = {"books": 3.0, "wiki": 4.0}
-TRSP = "gates+transfer"
+TRSP = "trsp+transfer"
 # Perplexities beside the dense model's, by method: TRSP's and those of two rivals.
 TRSP_WINS = {TRSP: (1.05, 1.06, 1.07), "sleb": (1.20, 1.22, 1.21), "gates": (1.15, 1.15, 1.16)}
 TRSP_LOSES = {TRSP: (1.20, 1.21, 1.22), "sleb": (1.05, 1.06, 1.07), "gates": (1.25, 1.26, 1.27)}

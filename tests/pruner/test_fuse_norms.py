@@ -53,7 +53,9 @@ def test_transfer(model: PreTrainedModel, tokens: Tensor, fused_calls: list[Any]
     settings: tuple[FuseNorms, ...] = ("auto", "off", "on")
     for fuse_norms in settings:
         assert not fused_calls
-        recipe = TransferRecipe(steps=6, batch_size=4, anneal_fraction=1, fuse_norms=fuse_norms)
+        recipe = TransferRecipe(
+            steps=6, batch_size=4, closing="linear", closing_fraction=1, fuse_norms=fuse_norms
+        )
         own = copy.deepcopy(model)
         results.append(transfer(own, tokens, recipe, dropped=(2, 4), seed=3))
     # Five steps of two gated layers; in the sixth they are closed. Two measurements follow.

@@ -16,8 +16,14 @@ from trsp.pruner.sampling import batch_indices
 from trsp.pruner.selection import SelectionState, select_layers
 
 FAST = SelectionRecipe(
-    first_round_steps=12, round_steps=4, batch_size=2, num_candidates=2, verification_sequences=4
+    method="gates",
+    first_round_steps=12,
+    round_steps=4,
+    batch_size=2,
+    num_candidates=2,
+    verification_sequences=4,
 )
+BY_LOSS = SelectionRecipe(batch_size=2, verification_sequences=4)
 FIRST = frozenset({0})
 
 
@@ -33,7 +39,7 @@ def test_a_layer_that_does_nothing_is_picked_first(model: PreTrainedModel, token
     assert state.picks == (3,)
 
 
-def test_the_default_does_not_take_a_first_layer_that_everything_rests_on(
+def test_verified_gates_do_not_take_a_first_layer_that_everything_rests_on(
     pico_llama: Path, model: PreTrainedModel, tokens: Tensor
 ) -> None:
     """A first layer whose output dwarfs its input: gates alone are blind to it (method.md)."""
@@ -186,3 +192,59 @@ def test_without_later_steps_the_first_gates_propose_every_pick(
     gates = state.rounds[0]["gates"]
     assert list(state.picks) == sorted(range(6), key=lambda layer: abs(gates[layer]))[:3]
     assert [len(record["losses"]) for record in state.rounds] == [FAST.first_round_steps, 0, 0]
+
+
+def increases(state: SelectionState) -> list[dict[int, float]]:
+    """What each measured layer added to the loss, round by round."""
+    loss, found = state.dense_loss, []
+    for record in state.rounds:
+        losses = dict(zip(record["candidates"], record["candidate_losses"], strict=True))
+        found.append({layer: value - loss for layer, value in losses.items()})
+        loss = losses[record["picked"]]
+    return found
+
+
+def test_the_lazy_search_finds_what_the_full_search_finds(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    """Layers that are added up at different strengths: none gets cheaper as others go."""
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.mlp.down_proj.weight.mul_(0.2 + 0.5 * ((index * 3) % 6))
+    lazy = select_layers(model, tokens, BY_LOSS, num_to_remove=4, protected=FIRST, seed=0)
+    picks: tuple[int, ...] = ()
+    with GatedModel(model) as gated:
+        while len(picks) < 4:
+            rest = [layer for layer in range(1, 6) if layer not in picks]
+            losses = {r: gated.masked_loss(tokens[:4], (*picks, r), 2) for r in rest}
+            picks = (*picks, min(rest, key=lambda layer: losses[layer]))
+    assert lazy.picks == picks
+    measured = [len(record["candidates"]) for record in lazy.rounds]
+    assert measured[0] == 5
+    assert sum(measured) < 5 + 4 + 3 + 2, "no round measured less than all of its layers"
+
+
+def test_a_layer_is_passed_over_only_where_it_was_dearer_when_last_measured(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    state = select_layers(model, tokens, BY_LOSS, num_to_remove=5, protected=FIRST, seed=0)
+    known: dict[int, float] = {}
+    left = set(range(1, 6))
+    for record, fresh in zip(state.rounds, increases(state), strict=True):
+        known |= fresh
+        assert record["picked"] in fresh
+        assert known[record["picked"]] == min(known[layer] for layer in left)
+        left.remove(record["picked"])
+    assert state.gates == (1.0,) * 6
+
+
+def test_a_stopped_search_by_loss_measures_nothing_twice(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    whole = select_layers(model, tokens, BY_LOSS, num_to_remove=4, protected=FIRST, seed=0)
+    part = select_layers(model, tokens, BY_LOSS, num_to_remove=2, protected=FIRST, seed=0)
+    saved = SelectionState.from_document(part.to_document())
+    again = select_layers(
+        model, tokens, BY_LOSS, num_to_remove=4, protected=FIRST, seed=0, state=saved
+    )
+    assert again == whole

@@ -16,11 +16,11 @@ from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import distillation_loss, hidden_state_loss, language_model_loss
 from trsp.pruner.recipe import LoraRecipe, TransferRecipe
-from trsp.pruner.transfer import TransferState, anneal_gates, learning_rate, transfer
+from trsp.pruner.transfer import TransferState, closing_gates, learning_rate, transfer
 
 DROPPED = (2, 4)
 PAPER: dict[str, Any] = {
-    "label_weight": 1.0, "distill_weight": 0.0, "anneal": "none", "steps": 20, "batch_size": 4,
+    "label_weight": 1.0, "distill_weight": 0.0, "closing": "never", "steps": 20, "batch_size": 4,
     "learning_rate": 1e-3, "lambda2": 0.3,
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_without_a_penalty_they_do_not(model: PreTrainedModel, tokens: Tensor) -
 
 
 def test_annealing_makes_deletion_lossless(model: PreTrainedModel, tokens: Tensor) -> None:
-    result = run(model, tokens, anneal_fraction=0.5)
+    result = run(model, tokens, closing="linear", closing_fraction=0.5)
     assert result.loss_before_deletion == result.loss_after_deletion
     assert set(result.residual_difference.values()) == {0.0}
     assert all(value > 0 for value in result.branch_difference.values())
@@ -67,16 +67,16 @@ def test_annealing_makes_deletion_lossless(model: PreTrainedModel, tokens: Tenso
 def test_the_gate_falls_to_exactly_zero() -> None:
     for steps in (1, 2, 5, 64, 100):
         for fraction in (0.01, 0.3, 0.5, 1.0):
-            recipe = TransferRecipe(steps=steps, anneal_fraction=fraction)
-            gates = [anneal_gates(recipe, step, (3,))[3] for step in range(steps)]
+            recipe = TransferRecipe(steps=steps, closing="linear", closing_fraction=fraction)
+            gates = [closing_gates(recipe, step, (3,))[3] for step in range(steps)]
             assert gates == sorted(gates, reverse=True)
             assert gates[-1] == 0.0 or steps == 1
             assert gates[0] == 1.0
 
 
 def test_progressive_annealing_closes_one_layer_after_the_other() -> None:
-    recipe = TransferRecipe(steps=40, anneal="progressive", anneal_fraction=0.525)
-    gates = [anneal_gates(recipe, step, (7, 2)) for step in range(40)]
+    recipe = TransferRecipe(steps=40, closing="progressive", closing_fraction=0.525)
+    gates = [closing_gates(recipe, step, (7, 2)) for step in range(40)]
     assert gates[0] == {7: 1.0, 2: 1.0}
     assert gates[5] == {7: 0.5, 2: 1.0}
     assert gates[10] == {7: 0.0, 2: 1.0}
@@ -88,7 +88,7 @@ def test_closed_layers_take_no_part_from_the_first_step_on(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
     before = copy.deepcopy(model.state_dict())
-    result = run(model, tokens, anneal="closed")
+    result = run(model, tokens, closing="at_once")
     assert {step["gate"] for step in result.steps} == {0.0}
     assert {step["penalty"] for step in result.steps} == {0.0}
     assert result.loss_before_deletion == result.loss_after_deletion
@@ -101,7 +101,7 @@ def test_closed_layers_take_no_part_from_the_first_step_on(
 def test_progressive_skips_a_closed_layer_while_another_is_open(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    result = run(model, tokens, anneal="progressive", anneal_fraction=1.0)
+    result = run(model, tokens, closing="progressive", closing_fraction=1.0)
     assert result.loss_before_deletion == result.loss_after_deletion
     assert [step["gate"] for step in result.steps] == sorted(
         (step["gate"] for step in result.steps), reverse=True
@@ -113,7 +113,7 @@ def test_distilling_hidden_states_brings_them_nearer(
 ) -> None:
     with torch.no_grad():
         dense = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    settings = {"distill_weight": 0.0, "hidden_weight": 1.0, "anneal": "closed", "steps": 20}
+    settings = {"distill_weight": 0.0, "hidden_weight": 1.0, "closing": "at_once", "steps": 20}
     result = run(model, tokens, **settings)
     with torch.no_grad(), GatedModel(model) as gated, gated.masking(DROPPED):
         after = model.model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -195,7 +195,7 @@ def test_the_layout_of_a_step_changes_no_result(
     results = []
     for settings in ({}, change):
         model = load_model(open_checkpoint(pico_llama))
-        results.append((run(model, tokens, steps=3, **settings), model))
+        results.append((run(model, tokens, steps=3, closing="linear", **settings), model))
     (plain, plain_model), (other, other_model) = results
     for a, b in zip(plain.steps, other.steps, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
