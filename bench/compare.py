@@ -16,35 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from trsp.bench.compare_calibration import read_calibrations, written_calibrations
 from trsp.bench.compare_methods import FOLDS, REFERENCE, Method, parse_method
 from trsp.bench.compare_record import Cell, CompareRecord, Cost, DenseModel
 from trsp.bench.compare_selection import Choice, Chooser, is_nested
 from trsp.bench.compute_meter import ComputeMeter
 from trsp.bench.domain_quality import DomainQuality, Quality
 from trsp.bench.record import environment
-from trsp.pruner.calibration import CalibrationSet, build_calibration, sequence_length
-from trsp.pruner.checkpoint import (
-    Checkpoint,
-    load_model,
-    load_tokenizer,
-    open_checkpoint,
-    sample_weights,
-)
+from trsp.pruner.calibration import CalibrationSet
+from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint, sample_weights
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import Recipe, TransferRecipe
 from trsp.pruner.run import resolve_device
-from trsp.pruner.self_text import (
-    is_self,
-    read_self_text,
-    sample_self_text,
-    self_text_key,
-    write_self_text,
-)
+from trsp.pruner.self_text import is_self
 from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
 from trsp.pruner.transfer import transfer
 from trsp.pruner.windows import cut_windows
@@ -177,14 +166,14 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
             )
     if not options.eval_data:
         raise UserError("no held-out text is given: --eval-data NAME=PATH")
-    recipe = options.recipe
+    recipe, seeds = options.recipe, options.seeds
     writes_text = is_self(recipe.calibration.data)
     for paths in options.eval_data.values():
         texts_apart = () if writes_text else recipe.calibration.data
         refuse_same_files(texts_apart, [str(path) for path in paths], remedy=_REMEDY)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust)
     calibrations = (
-        {} if writes_text else _read_calibrations(options, checkpoint, tokenizer, progress)
+        {} if writes_text else read_calibrations(checkpoint, tokenizer, recipe, seeds, progress)
     )
     model = load_model(
         checkpoint,
@@ -193,7 +182,9 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
         trust_remote_code=trust,
     )
     if writes_text:
-        calibrations = _write_calibrations(options, checkpoint, tokenizer, model, progress)
+        calibrations = written_calibrations(
+            options.folder / "done", checkpoint, tokenizer, model, recipe, seeds, progress
+        )
     texts = {}
     for name, paths in options.eval_data.items():
         windows = cut_windows(
@@ -230,49 +221,6 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
         quality=_measure(bench, model, ()),
     )
     return bench, dense
-
-
-def _read_calibrations(
-    options: CompareOptions,
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
-) -> dict[int, CalibrationSet]:
-    """The calibration set of each seed, drawn from files."""
-    recipe = options.recipe.calibration
-    return {
-        seed: build_calibration(
-            recipe.data,
-            tokenizer,
-            num_sequences=recipe.num_sequences,
-            sequence_length=sequence_length(checkpoint, recipe.sequence_length),
-            seed=seed,
-            text_field=recipe.text_field,
-            progress=progress,
-        )
-        for seed in options.seeds
-    }
-
-
-def _write_calibrations(
-    options: CompareOptions,
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    progress: Progress,
-) -> dict[int, CalibrationSet]:
-    """The calibration set of each seed, which the dense model writes once: cells hang on it."""
-    (options.folder / "done").mkdir(parents=True, exist_ok=True)
-    found = {}
-    for seed in options.seeds:
-        key = self_text_key(checkpoint, tokenizer, options.recipe, seed)
-        path = options.folder / "done" / f"self_text_{key.digest}.safetensors"
-        calibration = read_self_text(path, key)
-        if calibration is None:
-            calibration = sample_self_text(model, tokenizer, key, progress=progress)
-            write_self_text(path, calibration, key)
-        found[seed] = calibration
-    return found
 
 
 def _cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
@@ -419,7 +367,7 @@ def _trained(
         )
         return {
             "cost": cost.model_dump(),
-            "last_step_flops": laps[-1] - laps[-2] if len(laps) > 1 else laps[-1],
+            "last_step_flops": laps[-1] - (laps[-2] if len(laps) > 1 else 0) if laps else 0,
             "jump": result.loss_after_deletion - result.loss_before_deletion,
             "quality": {name: found.model_dump() for name, found in quality.items()},
         }

@@ -126,7 +126,7 @@ class Chooser:
 
     def _one_shot_gates(self, deepest: int) -> dict[int, Choice]:
         """The gates of the first round alone decide: all smallest ones at once."""
-        settings = self.recipe.selection.model_copy(update={"num_candidates": 1})
+        settings = self.recipe.selection.model_copy(update={"method": "gates", "num_candidates": 1})
         with ComputeMeter(self.device) as meter:
             state = self._select(settings, 1, lambda _state: None)
         gates = state.rounds[0]["gates"]

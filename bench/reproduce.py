@@ -8,14 +8,14 @@ cells that are done, shared by all passes; a record for each pass; `tables.md`.
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
-from trsp.pruner.errors import RunError, UserError
+from trsp.pruner.errors import UserError
 from trsp.pruner.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -24,45 +24,46 @@ if TYPE_CHECKING:
 
 # Removed directly, nothing trained.
 SELECTIONS = (
-    "gates", "gates_once", "influence_verified", "paper_output_gates", "paper_residual_gates",
-    "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor",
-    "laco", "replace_me", "streamline",
+    "trsp", "gates", "gates_once", "influence_verified", "paper_output_gates",
+    "paper_residual_gates", "random", "last", "block_influence", "angular", "sleb",
+    "one_shot_loss", "taylor", "laco", "replace_me", "streamline",
 )  # fmt: skip
 TRAINED = (
-    "gates+transfer", "gates+distil", "gates+distil@flops", "gates+finetune",
-    "gates+finetune@flops", "paper_output_gates+penalty",
+    "trsp+transfer", "trsp+distil", "trsp+distil@flops", "trsp+finetune", "trsp+finetune@flops",
+    "paper_output_gates+penalty",
 )  # fmt: skip
-ABLATION = ("gates+anneal_only", "gates+half_labels", "gates+progressive")
+ABLATION = ("trsp+linear_no_penalty", "trsp+half_labels", "trsp+progressive")
 
 # Part of the layers that goes: the curve of what is cheap, two points of what trains.
 CURVE_RATIOS = (0.125, 0.25, 0.375, 0.5)
 TABLE_RATIOS = (0.25, 0.5)
 
 RECORD_NAME = "compare.json"
-TABLES_NAME = "tables.md"
 MAX_TRAIN_RECORD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device can carry: the base model's shape and training, and the evaluation's length.
+    """What a device can carry; each field is an option of the command.
 
     Attributes:
-        minutes: wall time of the training.
-        sequence_length, window: in tokens, of the training and of the evaluation.
+        minutes, steps: length of the base model's training, one of them.
+        sequence_length, window: in tokens, of that training and of evaluation and calibration.
         max_tokens: of each held-out text at most so many.
     """
 
-    num_hidden_layers: int
+    layers_of_base: int
     hidden_size: int
     vocab_size: int
-    minutes: float
+    minutes: float | None
     batch_size: int
     sequence_length: int
     learning_rate: float
-    compile_layers: bool
+    compiled: bool
     window: int
     max_tokens: int
+    bf16: bool = True
+    steps: int | None = None
 
 
 PROFILES = {
@@ -75,64 +76,65 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """Methods at depths, in a record of their own.
-
-    Attributes:
-        num_removed: how many layers go, ascending, each once.
-    """
+    """Methods at depths (how many layers go, ascending), in a record of their own."""
 
     name: str
     title: str
     methods: tuple[str, ...]
     num_removed: tuple[int, ...]
 
-    def num_cells(self, seeds: tuple[int, ...]) -> int:
-        """Methods times depths times seeds."""
-        return len(self.methods) * len(self.num_removed) * len(seeds)
-
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the numbers.
-
-    Attributes:
-        base: keywords of train_checkpoint.
-        settings: `section.name=value`, over the recipe's defaults.
-    """
+    """All that decides the numbers; `settings` are `section.name=value`, over the defaults."""
 
     data: tuple[Path, ...]
     eval_data: Mapping[str, list[Path]]
     out: Path
     device: str
-    base: dict[str, Any]
+    profile: Profile
     seeds: tuple[int, ...]
-    window: int
-    max_tokens: int
     settings: tuple[str, ...] = ()
 
     @property
-    def num_layers(self) -> int:
-        """Of the base model."""
-        return int(self.base["num_hidden_layers"])
+    def base(self) -> Path:
+        """Folder of the base model."""
+        return self.out / "base"
 
     @property
     def num_parameters(self) -> int:
-        """Of the base model: tied embeddings; in a layer four square matrices, a SwiGLU, two norms.
-
-        The same as the trained model's own count.
-        """
-        width = int(self.base["hidden_size"])
+        """Of the base model, as it counts itself: embeddings (tied), layers, the last norm."""
+        width = self.profile.hidden_size
         inner = 32 * -(-width // 12)
         layer = 4 * width**2 + 3 * width * inner + 2 * width
-        return int(self.base["vocab_size"]) * width + self.num_layers * layer + width
+        return self.profile.vocab_size * width + self.profile.layers_of_base * layer + width
+
+    def training(self) -> dict[str, Any]:
+        """Keywords of train_checkpoint."""
+        profile = self.profile
+        alike = (
+            "hidden_size", "vocab_size", "minutes", "batch_size", "sequence_length",
+            "learning_rate",
+        )  # fmt: skip
+        keywords: dict[str, Any] = {
+            "num_hidden_layers": profile.layers_of_base,
+            **{name: getattr(profile, name) for name in alike},
+            "context": max(1024, profile.sequence_length, profile.window),
+            "num_steps": profile.steps,
+            "seed": 0,
+            "precision": "bf16" if profile.bf16 else "fp32",
+            "compile_layers": profile.compiled,
+        }
+        # The CPU is where it trains when nothing is said.
+        return keywords if self.device == "cpu" else {**keywords, "device": self.device}
 
     def recipe(self) -> "Recipe":
         """TRSP's settings.   UserError: one that does not exist or is out of range."""
         from trsp.pruner.recipe import build_recipe
 
-        calibration = {"data": tuple(map(str, self.data)), "sequence_length": self.window}
+        text = {"data": tuple(map(str, self.data)), "sequence_length": self.profile.window}
         return build_recipe(
-            flags={"device": self.device, "calibration": calibration}, settings=self.settings
+            flags={"device": self.device, "calibration": text}, settings=self.settings
         )
 
     def passes(self) -> tuple[Pass, ...]:
@@ -143,37 +145,30 @@ class Plan:
             ("ablation", "What the parts are worth", ABLATION, TABLE_RATIOS),
         )
         return tuple(
-            Pass(name, title, methods, self._counts(ratios))
+            Pass(name, title, methods, self._depths(ratios))
             for name, title, methods, ratios in wanted
             if methods
         )
 
+    def _depths(self, ratios: tuple[float, ...]) -> tuple[int, ...]:
+        # In a shallow model two ratios may mean the same.
+        return tuple(sorted({max(1, round(r * self.profile.layers_of_base)) for r in ratios}))
+
     def command(self) -> str:
         """The command that gives these tables again, whatever the defaults are by then."""
         words: list[object] = ["python", "-m", "trsp.bench.reproduce"]
-        for path in self.data:
-            words += ["--data", path]
+        words += [word for path in self.data for word in ("--data", path)]
         for name, paths in self.eval_data.items():
-            for path in paths:
-                words += ["--eval-data", f"{name}={path}"]
-        base = self.base
-        length = "steps" if base["minutes"] is None else "minutes"
-        words += ["--out", self.out, "--device", self.device]
-        words += [f"--{length}", base["num_steps" if length == "steps" else "minutes"]]
-        words += ["--layers-of-base", self.num_layers]
-        for name in ("hidden_size", "vocab_size", "batch_size", "sequence_length", "learning_rate"):
-            words += [f"--{name.replace('_', '-')}", base[name]]
-        words += ["--bf16" if base["precision"] == "bf16" else "--no-bf16"]
-        words += ["--compile" if base["compile_layers"] else "--no-compile"]
-        words += ["--seeds", len(self.seeds), "--window", self.window]
-        words += ["--max-tokens", self.max_tokens]
-        for setting in self.settings:
-            words += ["--set", setting]
+            words += [word for path in paths for word in ("--eval-data", f"{name}={path}")]
+        words += ["--out", self.out, "--device", self.device, "--seeds", len(self.seeds)]
+        for field in fields(Profile):
+            value, option = getattr(self.profile, field.name), field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            elif value is not None:
+                words += [f"--{option}", value]
+        words += [word for setting in self.settings for word in ("--set", setting)]
         return shlex.join(map(str, words))
-
-    def _counts(self, ratios: tuple[float, ...]) -> tuple[int, ...]:
-        # In a shallow model two ratios may mean the same depth.
-        return tuple(sorted({max(1, round(ratio * self.num_layers)) for ratio in ratios}))
 
 
 def check_plan(plan: Plan) -> None:
@@ -187,19 +182,16 @@ def check_plan(plan: Plan) -> None:
     from trsp.bench.compare_methods import parse_method
     from trsp.pruner.text_checks import refuse_same_files
 
-    if not plan.eval_data:
-        raise UserError("no held-out text is given: --eval-data NAME=PATH")
     for paths in plan.eval_data.values():
         refuse_same_files(plan.data, paths, remedy="name other files with --eval-data")
-    if plan.base["hidden_size"] % HEAD_DIM:
-        raise UserError(f"--hidden-size {plan.base['hidden_size']} is no multiple of {HEAD_DIM}")
-    for one in plan.passes():
-        for name in one.methods:
-            parse_method(name)
-    plan.recipe().protected_layers(plan.num_layers)
+    if plan.profile.hidden_size % HEAD_DIM:
+        raise UserError(f"--hidden-size {plan.profile.hidden_size} is no multiple of {HEAD_DIM}")
+    for name in (name for one in plan.passes() for name in one.methods):
+        parse_method(name)
+    plan.recipe().protected_layers(plan.profile.layers_of_base)
     if plan.out.is_file():
         raise UserError(f"--out {plan.out}: is a file; name a folder")
-    if _base_folder(plan).exists():
+    if plan.base.exists():
         read_base(plan)
 
 
@@ -211,79 +203,47 @@ def read_base(plan: Plan) -> dict[str, Any]:
     """
     from trsp.pruner.bounded_json import read_json_object
 
-    folder = _base_folder(plan)
-    path = folder / "train_record.json"
+    path = plan.base / "train_record.json"
     if not path.is_file():
-        raise UserError(f"{folder}: is there and holds no {path.name}; name another --out")
+        raise UserError(f"{plan.base}: is there and holds no {path.name}; name another --out")
     record = read_json_object(path, max_bytes=MAX_TRAIN_RECORD_BYTES)
-    base = plan.base
-    wanted = {name: value for name, value in base.items() if name not in ("num_steps", "minutes")}
+    wanted = {**plan.training(), "text_files": [path.name for path in plan.data]}
     wanted["compiled"] = wanted.pop("compile_layers")
-    wanted["text_files"] = [path.name for path in plan.data]
-    if base["num_steps"] is not None:
-        wanted["num_steps"] = base["num_steps"]
+    # Where it was trained does not matter; how long it was to take is not in the record.
+    wanted.pop("device", None)
+    minutes = wanted.pop("minutes")
+    if minutes is not None:
+        del wanted["num_steps"]
     different = [
         f"{name} is {record.get(name)!r} there and {value!r} here"
         for name, value in wanted.items()
         if record.get(name) != value
     ]
-    if base["minutes"] is not None and not _took(record, base["minutes"]):
-        different.append(f"minutes are {base['minutes']:g} here and not what that training took")
+    if minutes is not None and not _took(record, minutes):
+        different.append(f"minutes are {minutes:g} here and not what that training took")
     if different:
         raise UserError(
-            f"{folder}: is another base model: {'; '.join(different)}; name another --out, or ask "
-            "for that model"
+            f"{plan.base}: is another base model: {'; '.join(different)}; name another --out, or "
+            "ask for that model"
         )
     return record
 
 
 def _took(record: dict[str, Any], minutes: float) -> bool:
     """Whether a training by the clock would have ended between the record's last two points."""
-    try:
-        earlier = [point["elapsed_s"] for point in record["loss_curve"][:-1]]
-        return bool((earlier or [0.0])[-1] < 60 * minutes <= record["wall_s"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the base model's train_record.json is damaged: no {error}") from error
-
-
-def _base_folder(plan: Plan) -> Path:
-    return plan.out / "base"
-
-
-def train_base(plan: Plan, progress: Progress = silent) -> dict[str, Any]:
-    """Train the base model unless it is there; its record.
-
-    Raises:
-        UserError: another one is there, or the text is too short for the shape.
-        RunError: the loss is not finite, or memory is short.
-    """
-    import torch
-
-    from trsp.bench import train_base as base_training
-
-    folder = _base_folder(plan)
-    if not folder.exists():
-        # The CPU is where it trains when nothing is said.
-        place = {} if plan.device == "cpu" else {"device": plan.device}
-        try:
-            base_training.train_checkpoint(
-                list(plan.data), folder, **plan.base, **place, log_every=100, progress=progress
-            )
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                "out of memory in training the base model: choose a smaller --batch-size, or a "
-                "smaller --hidden-size"
-            ) from error
-    return read_base(plan)
+    earlier = [point["elapsed_s"] for point in record["loss_curve"][:-1]]
+    return bool((earlier or [0.0])[-1] < 60 * minutes <= record["wall_s"])
 
 
 def reproduce(plan: Plan, progress: Progress = silent) -> Path:
     """Do all of the plan that is not done yet; the file of tables.
 
     Raises:
-        UserError: see check_plan; or held-out text overlaps the calibration text.
+        UserError: see check_plan; the text is too short for the shape, or the held-out text has
+            too much in common with it.
         RunError: a loss is not finite.
     """
+    from trsp.bench import train_base
     from trsp.bench.compare import CompareOptions, run_compare
     from trsp.bench.compare_methods import parse_method
     from trsp.bench.compare_record import write_compare_record
@@ -291,21 +251,25 @@ def reproduce(plan: Plan, progress: Progress = silent) -> Path:
 
     check_plan(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
-    tables = plan.out / TABLES_NAME
+    tables = plan.out / "tables.md"
     with run_lock(plan.out):
-        trained = train_base(plan, progress)
+        if not plan.base.exists():
+            train_base.train_checkpoint(
+                list(plan.data), plan.base, **plan.training(), log_every=100, progress=progress
+            )
+        trained = read_base(plan)
         records: list[tuple[Pass, CompareRecord]] = []
         for one in plan.passes():
             options = CompareOptions(
-                model=_base_folder(plan),
+                model=plan.base,
                 recipe=plan.recipe(),
                 eval_data=plan.eval_data,
                 num_removed=one.num_removed,
                 seeds=plan.seeds,
                 methods=tuple(map(parse_method, one.methods)),
                 folder=plan.out / "compare",
-                window=plan.window,
-                max_tokens=plan.max_tokens,
+                window=plan.profile.window,
+                max_tokens=plan.profile.max_tokens,
             )
             path = plan.out / one.name / RECORD_NAME
             path.parent.mkdir(exist_ok=True)
@@ -324,48 +288,51 @@ def tables_markdown(
     """The base model's facts, then a table for each pass, depth and text."""
     from trsp.bench.compare_show import EXPLANATION, markdown
 
-    num_layers = plan.num_layers
-    blocks = [f"# Depth pruning compared on a model of {num_layers} layers\n"]
-    blocks += [*_facts(plan, trained, records[0][1]), EXPLANATION + "\n"]
+    num_layers = plan.profile.layers_of_base
+    blocks = [
+        f"# Depth pruning compared on a model of {num_layers} layers\n",
+        _facts(plan, trained, records[0][1]),
+        f"```bash\n{plan.command()}\n```\n",
+        f"{EXPLANATION}\n",
+    ]
     for one, record in records:
         blocks.append(f"## {one.title}\n")
         for count in one.num_removed:
             for text in plan.eval_data:
                 gone = f"{count} of {num_layers} layers gone ({count / num_layers:.1%})"
                 blocks += [f"### {gone}, {text}\n", markdown(record, count, text)]
-        notes = {
-            f"- {cell.label}, {cell.num_removed} layers, seed {cell.seed}: {cell.note}": None
+        notes = [
+            f"- {cell.label}, {cell.num_removed} layers, seed {cell.seed}: {cell.note}\n"
             for cell in record.cells
             if cell.note
-        }
-        if notes:
-            blocks.append("\n".join(notes) + "\n")
+        ]
+        blocks += ["".join(notes)] if notes else []
     return "\n".join(blocks)
 
 
-def _facts(plan: Plan, trained: dict[str, Any], record: "CompareRecord") -> list[str]:
-    """What was trained on what, what the perplexities hold for, and how to get them again."""
-    here, there = record.environment, trained["environment"]
+def _facts(plan: Plan, trained: dict[str, Any], record: "CompareRecord") -> str:
+    """What was trained on what, and what the perplexities hold for."""
     passes = trained["num_tokens_trained"] / trained["num_tokens_in_text"]
+    here, protocols = record.environment, record.protocols.items()
     lines = [
-        f"- Base model: {trained['num_parameters'] / 1e6:.1f}M parameters, {plan.num_layers} "
-        f"layers of width {trained['hidden_size']}, {trained['vocab_size']:,} tokens in the "
-        f"vocabulary, weights {record.dense.weights_sha256[:12]}.",
+        f"- Base model: {trained['num_parameters'] / 1e6:.1f}M parameters, "
+        f"{trained['num_hidden_layers']} layers of width {trained['hidden_size']}, "
+        f"{trained['vocab_size']:,} tokens in the vocabulary, weights "
+        f"{record.dense.weights_sha256[:12]}.",
         f"- Trained on {', '.join(trained['text_files'])}: {trained['num_steps']:,} steps, "
-        f"{trained['num_tokens_trained'] / 1e6:.4g}M tokens, {passes:.2g} of the text, to a loss "
-        f"of {trained['final_loss']:.3f}, in {trained['wall_s'] / 60:.3g} min, "
-        f"{trained['precision']}, {_machine(there)}.",
-    ]
-    for name, protocol in record.protocols.items():
-        lines.append(
+        f"{trained['num_tokens_trained']:,} tokens ({passes:.2g} times the text), to a loss of "
+        f"{trained['final_loss']:.3f}, in {trained['wall_s'] / 60:.3g} min, "
+        f"{trained['precision']}, {_machine(trained['environment'])}.",
+        *(
             f"- Text {name}: the dense model's perplexity is "
-            f"{record.dense.quality[name].perplexity:.4g}; {protocol['num_tokens']:,} tokens in "
-            f"windows of {protocol['window']}, stride {protocol['stride']}, {protocol['dtype']} on "
-            f"{protocol['device']}, text {protocol['text_sha256'][:12]}."
-        )
-    seeds = ", ".join(map(str, plan.seeds))
-    lines.append(f"- Compared with seeds {seeds}: {_machine(here)}, commit {here['commit']}.\n")
-    return ["\n".join(lines), f"```bash\n{plan.command()}\n```\n"]
+            f"{record.dense.quality[name].perplexity:.4g}; {about['num_tokens']:,} tokens in "
+            f"windows of {about['window']}, stride {about['stride']}, {about['dtype']} on "
+            f"{about['device']}, text {about['text_sha256'][:12]}."
+            for name, about in protocols
+        ),
+        f"- Compared with {len(plan.seeds)} seeds: {_machine(here)}, commit {here['commit']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -376,34 +343,36 @@ def _machine(environment: dict[str, Any]) -> str:
 
 def describe(plan: Plan) -> str:
     """What the plan would do, one line each."""
-    base = plan.base
-    length = (
-        f"{base['num_steps']} steps"
-        if base["minutes"] is None
-        else f"{base['minutes']:g} min on {plan.device}"
-    )
-    state = "is there" if _base_folder(plan).exists() else f"to train, {length}"
+    profile = plan.profile
+    length = f"{profile.minutes:g} min" if profile.steps is None else f"{profile.steps} steps"
+    state = "is there" if plan.base.exists() else f"to train, {length} on {plan.device}"
     lines = [
-        f"base        {plan.num_layers} layers of width {base['hidden_size']}, "
+        f"base        {profile.layers_of_base} layers of width {profile.hidden_size}, "
         f"{plan.num_parameters / 1e6:.1f}M parameters ({plan.num_parameters:,}): {state}"
     ]
-    total = 0
     for one in plan.passes():
-        total += one.num_cells(plan.seeds)
+        num_cells = len(one.methods) * len(one.num_removed) * len(plan.seeds)
+        depths = ", ".join(map(str, one.num_removed))
         lines.append(
-            f"{one.name:<11} {one.num_cells(plan.seeds)} cells: {len(one.methods)} methods, "
-            f"{len(plan.seeds)} seeds, {', '.join(map(str, one.num_removed))} layers gone"
+            f"{one.name:<11} {num_cells} cells: {len(one.methods)} methods, {len(plan.seeds)} "
+            f"seeds, {depths} layers gone"
         )
-    lines += [f"{'together':<11} {total} cells", f"{'command':<11} {plan.command()}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"command     {plan.command()}"])
 
 
-app = typer.Typer(cls=ErrorsAsExitCodes, add_completion=False, pretty_exceptions_enable=False)
+# Plain help: a table would cut the longer names of options.
+app = typer.Typer(
+    cls=ErrorsAsExitCodes,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 # A group's only action rather than a command: groups are what turns errors into exit codes.
 @app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     data: Annotated[list[Path], typer.Option(help="text to train and calibrate on; repeatable")],
     eval_data: Annotated[
         list[str], typer.Option(metavar="NAME=PATH", help="held-out text; repeatable")
@@ -412,16 +381,14 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda; decides the defaults")] = "auto",
     minutes: Annotated[float | None, typer.Option(help="of training the base model")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="steps instead of minutes")] = None,
-    layers_of_base: Annotated[int | None, typer.Option(min=2)] = None,
+    layers_of_base: Annotated[int | None, typer.Option(min=2, help="how many")] = None,
     hidden_size: Annotated[int | None, typer.Option(min=64, help="a multiple of 64")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=257)] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=257, help="of its tokenizer")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="of training the base")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="of training it")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="of training it")] = None,
-    bf16: Annotated[bool, typer.Option(help="train it with matrix products in bf16")] = True,
-    compile_layers: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="its layers, while it trains")
-    ] = None,
+    bf16: Annotated[bool | None, typer.Option(help="train it in bf16")] = None,
+    compiled: Annotated[bool | None, typer.Option(help="its layers, to train")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="how many: 0, 1, ...")] = 3,
     window: Annotated[
         int | None, typer.Option(min=8, help="of evaluation and calibration, in tokens")
@@ -434,44 +401,26 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """From text to tables: train a base model, prune it in every way, compare."""
+    from trsp.bench.compare_cli import _named
+    from trsp.pruner.run import resolve_device
+
     if minutes is not None and (steps is not None or minutes <= 0):
         raise UserError("give the length of the training as --minutes above 0, or as --steps")
-    device, profile = _profile(device)
-    asked = asdict(profile) | {
-        name: value
-        for name, value in {
-            "num_hidden_layers": layers_of_base,
-            "hidden_size": hidden_size,
-            "vocab_size": vocab_size,
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "learning_rate": learning_rate,
-            "compile_layers": compile_layers,
-            "minutes": minutes,
-            "window": window,
-            "max_tokens": max_tokens,
-        }.items()
-        if value is not None
-    }
-    chosen_window, chosen_tokens = asked.pop("window"), asked.pop("max_tokens")
-    from trsp.bench.compare_cli import _named
-
+    device = resolve_device(device)
+    if device.partition(":")[0] not in PROFILES:
+        raise UserError(f"--device {device}: choose auto, {', '.join(PROFILES)}")
+    profile = PROFILES[device.partition(":")[0]]
+    if steps is not None:
+        profile = replace(profile, minutes=None)
+    given = {field.name: context.params[field.name] for field in fields(Profile)}
+    given = {name: value for name, value in given.items() if value is not None}
     plan = Plan(
         data=tuple(data),
         eval_data=_named(eval_data),
         out=out,
         device=device,
-        base=asked
-        | {
-            "context": max(1024, asked["sequence_length"], chosen_window),
-            "num_steps": steps,
-            "minutes": None if steps is not None else asked["minutes"],
-            "seed": 0,
-            "precision": "bf16" if bf16 else "fp32",
-        },
+        profile=replace(profile, **given),
         seeds=tuple(range(seeds)),
-        window=chosen_window,
-        max_tokens=chosen_tokens,
         settings=tuple(settings or ()),
     )
     if dry_run:
@@ -484,20 +433,10 @@ def main(
     print(describe(plan), file=sys.stderr)
     with progress_bars() as progress:
         tables = reproduce(plan, progress)
-    print(f"base     {_base_folder(plan)}")
+    print(f"base     {plan.base}")
     for one in plan.passes():
         print(f"record   {out / one.name / RECORD_NAME}")
     print(f"tables   {tables}")
-
-
-def _profile(device: str) -> tuple[str, Profile]:
-    from trsp.pruner.run import resolve_device
-
-    device = resolve_device(device)
-    kind = device.partition(":")[0]
-    if kind not in PROFILES:
-        raise UserError(f"--device {device}: choose auto, {', '.join(PROFILES)}")
-    return device, PROFILES[kind]
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ def measure_stage_2(
         "fine-tuning, distillation": lambda: plain(
             lambda logits: distillation_loss(logits, teacher.logits(sequences), 1.0)
         ),
-        # Half-way through a linear closing every chosen layer is gated and measured: the dearest step.
+        # Half-way through a linear closing every chosen layer is gated and measured: the
+        # dearest step.
         "trsp": lambda: transfer_step(loops["trsp"], half_closed),
     }
     seconds = _medians(arms, repeats, device)

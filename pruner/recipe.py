@@ -133,7 +133,7 @@ class AutoRecipe(_Section):
     max_increase: float | None = Field(None, gt=0, description="of perplexity; chooses the depth")
     held_out: float = Field(0.125, gt=0, lt=1, description="part of the sequences, 4 at least")
     lambda1: tuple[float, ...] = Field((0.03, 0.1, 0.3), description="beside the recipe's own")
-    learning_rate_factors: tuple[float, ...] = Field((3.0, 1 / 3), description="beside 1")
+    learning_rate_factors: tuple[float, ...] = Field((2.0, 0.5), description="beside 1")
     deepest_ratio: float = Field(0.5, gt=0, lt=1, description="of the layers, with max_increase")
     raw_limit: float = Field(0.1, gt=0, description="increase without recovery: the knee")
     max_transfers: int = Field(8, ge=1)

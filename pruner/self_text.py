@@ -214,7 +214,7 @@ def _batch_size(model: PreTrainedModel, sequence_length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     token = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
-    return max(1, min(_MAX_BATCH, _CACHE_BYTES // (token * sequence_length)))
+    return max(1, min(_MAX_BATCH, _CACHE_BYTES // int(token * sequence_length)))
 
 
 def write_self_text(path: Path, calibration: CalibrationSet, key: SelfTextKey) -> None:

@@ -166,10 +166,10 @@ def _start(
 
 
 def closing_gates(recipe: TransferRecipe, step: int, dropped: tuple[int, ...]) -> dict[int, float]:
-    """The chosen layers' gates at `step`: from 1 linearly to exactly 0 where they close in training.
+    """The chosen layers' gates at `step`: from 1 to exactly 0 where they close in training.
 
-    All of them over the first `closing_fraction` of the steps (linear), or each over its own part of
-    that (progressive), `dropped` being in order of removal.
+    All of them over the first `closing_fraction` of the steps (linear), or each over its own part
+    of that (progressive), `dropped` being in order of removal.
     """
     if recipe.closing in ("refit", "at_once", "never"):
         return dict.fromkeys(dropped, 1.0 if recipe.closing == "never" else 0.0)

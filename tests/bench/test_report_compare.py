@@ -41,9 +41,9 @@ pytestmark = pytest.mark.skipif(
 DENSE = {"books": 3.0, "wiki": 4.0}
 TRSP = "trsp+transfer"
 # Perplexities beside the dense model's, by method: TRSP's and those of two rivals.
-TRSP_WINS = {TRSP: (1.05, 1.06, 1.07), "sleb": (1.20, 1.22, 1.21), "gates": (1.15, 1.15, 1.16)}
-TRSP_LOSES = {TRSP: (1.20, 1.21, 1.22), "sleb": (1.05, 1.06, 1.07), "gates": (1.25, 1.26, 1.27)}
-OPEN = {TRSP: (1.02, 1.10, 1.06), "sleb": (1.07, 1.03, 1.055), "gates": (1.25, 1.26, 1.27)}
+TRSP_WINS = {TRSP: (1.05, 1.06, 1.07), "sleb": (1.20, 1.22, 1.21), "trsp": (1.15, 1.15, 1.16)}
+TRSP_LOSES = {TRSP: (1.20, 1.21, 1.22), "sleb": (1.05, 1.06, 1.07), "trsp": (1.25, 1.26, 1.27)}
+OPEN = {TRSP: (1.02, 1.10, 1.06), "sleb": (1.07, 1.03, 1.055), "trsp": (1.25, 1.26, 1.27)}
 
 
 def quality(loss: float, dense: float) -> Quality:
@@ -219,12 +219,12 @@ def test_each_depth_and_text_has_its_own_winner() -> None:
 
 
 def test_methods_of_the_same_layers_win_together() -> None:
-    sentence = told(build({TRSP: (1.3, 1.31), "sleb": (1.1, 1.1), "gates": (1.1, 1.1)}))
+    sentence = told(build({TRSP: (1.3, 1.31), "sleb": (1.1, 1.1), "trsp": (1.1, 1.1)}))
     assert "lowest perplexity by SLEB and TRSP selection, alike, at 1.100\u00d7" in sentence
 
 
 def test_a_record_without_trsp_says_so() -> None:
-    record = build({"sleb": (1.1, 1.2), "gates": (1.2, 1.3)})
+    record = build({"sleb": (1.1, 1.2), "trsp": (1.2, 1.3)})
     assert told(record).endswith("; TRSP was not compared.")
     chapter = compare_chapter(1, record, Path("x.json"), "0" * 64)
     assert any("was not compared" in line for line in chapter.cautions)
@@ -386,7 +386,7 @@ def test_of_many_methods_the_families_are_drawn() -> None:
     assert roles["taylor"] == "the best baseline without training"
     assert roles["sleb+distil@flops"] == "the best at the same FLOPs"
     assert roles["block_influence+finetune"] == "the best at the same tokens"
-    assert roles["gates"] == "TRSP's selection alone"
+    assert roles["trsp"] == "TRSP's selection alone"
     assert roles["random"] == "chance"
     assert len(drawn) == 7
     assert len({(one.colour, one.marker) for one in drawn}) == 7

@@ -47,8 +47,8 @@ def prose(seed: int, num_words: int) -> str:
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reproduce, "SELECTIONS", ("last", "block_influence"))
-    patch.setattr(reproduce, "TRAINED", ("gates+transfer", "gates+distil"))
-    patch.setattr(reproduce, "ABLATION", ("gates+half_labels",))
+    patch.setattr(reproduce, "TRAINED", ("trsp+transfer", "trsp+distil"))
+    patch.setattr(reproduce, "ABLATION", ("trsp+half_labels",))
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_one_command_goes_from_text_to_tables(done: tuple[Path, Result]) -> None
     assert [(cell.method, cell.num_removed) for cell in cells(out, "selections")] == [
         ("last", 1), ("block_influence", 1), ("last", 2), ("block_influence", 2),
     ]  # fmt: skip
-    assert {cell.method for cell in cells(out, "trained")} == {"gates+transfer", "gates+distil"}
+    assert {cell.method for cell in cells(out, "trained")} == {"trsp+transfer", "trsp+distil"}
     tables = (out / "tables.md").read_text("utf-8")
     assert str(out / "tables.md") in result.stdout
     assert tables.count("|---|") == 3 * 2 * 2
@@ -132,7 +132,7 @@ def test_the_passes_share_what_they_choose(done: tuple[Path, Result]) -> None:
     stored = (done[0] / "compare" / "done").glob("*.json")
     keys = [json.loads(path.read_text("utf-8"))["key"] for path in stored]
     chosen = [key["selection"] for key in keys if "selection" in key]
-    assert sorted(chosen) == ["block_influence", "gates", "last"]
+    assert sorted(chosen) == ["block_influence", "last", "trsp"]
 
 
 def test_the_command_in_the_tables_is_the_one_that_was_run(
@@ -219,14 +219,14 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     made = json.loads((done[0] / "base" / "train_record.json").read_text("utf-8"))
     assert f"({made['num_parameters']:,}): to train, 4 steps" in result.stdout
     assert "selections  12 cells: 2 methods, 3 seeds, 1, 2 layers gone" in result.stdout
-    assert "together    30 cells" in result.stdout
+    assert "ablation    6 cells: 1 methods, 3 seeds, 1, 2 layers gone" in result.stdout
     assert "is there" in run([*words(texts, done[0]), "--dry-run"]).stdout
 
 
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (("--set", "transfer.steps=0"), "transfer.steps"),
+        (("--set", "transfer.batch_size=0"), "transfer.batch_size"),
         (("--set", "selection.protected=[9]"), "names layer 9"),
         (("--eval-data", "far"), "NAME=PATH"),
         (("--eval-data", "more=absent.txt"), "absent.txt: does not exist"),
@@ -274,18 +274,11 @@ def test_the_lists_name_methods_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("device", "millions"), [("cpu", (10, 12)), ("cuda", (100, 350))])
-def test_the_base_models_are_as_large_as_promised(
-    device: str, millions: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_models_are_as_large_as_promised(device: str, millions: tuple[int, int]) -> None:
     profile = reproduce.PROFILES[device]
-    shape = {
-        "num_hidden_layers": profile.num_hidden_layers,
-        "hidden_size": profile.hidden_size,
-        "vocab_size": profile.vocab_size,
-    }
-    plan = reproduce.Plan((), {}, Path(), device, shape, (0,), profile.window, profile.max_tokens)
+    plan = reproduce.Plan((), {}, Path(), device, profile, (0,))
     assert millions[0] < plan.num_parameters / 1e6 < millions[1]
-    assert profile.num_hidden_layers >= {"cpu": 12, "cuda": 24}[device]
+    assert profile.layers_of_base >= {"cpu": 12, "cuda": 24}[device]
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -32,9 +32,10 @@ from trsp.pruner.token_ids import hash_ids
 
 SETTINGS = (
     "calibration.num_sequences=16", "calibration.sequence_length=32",
-    "selection.first_round_steps=8", "selection.round_steps=3", "selection.batch_size=2",
+    "selection.method=gates", "selection.first_round_steps=8", "selection.round_steps=3", "selection.batch_size=2",
     "selection.num_candidates=2", "selection.verification_sequences=4",
     "transfer.steps=4", "transfer.batch_size=2", "transfer.learning_rate=2e-5",
+    "auto.learning_rate_factors=[3.0, 0.3333333333333333]",
 )  # fmt: skip
 IDLE = (2, 4)
 

@@ -36,7 +36,9 @@ def test_selection(model: PreTrainedModel, tokens: Tensor, fused_calls: list[Any
     settings: tuple[FuseNorms, ...] = ("auto", "off", "on")
     for fuse_norms in settings:
         assert not fused_calls
-        recipe = SelectionRecipe(first_round_steps=6, batch_size=4, fuse_norms=fuse_norms)
+        recipe = SelectionRecipe(
+            method="gates", first_round_steps=6, batch_size=4, fuse_norms=fuse_norms
+        )
         state = select_layers(
             model, tokens, recipe, num_to_remove=1, protected=frozenset({0}), seed=0
         )
