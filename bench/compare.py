@@ -164,6 +164,8 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
                 f"removing {count} of {num_layers} layers is not pruning; name 1 to "
                 f"{num_layers - 1}"
             )
+    for method in options.methods:
+        method.transfer_recipe(options.recipe)
     if not options.eval_data:
         raise UserError("no held-out text is given: --eval-data NAME=PATH")
     recipe, seeds = options.recipe, options.seeds

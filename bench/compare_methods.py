@@ -8,7 +8,9 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trsp.pruner.errors import UserError
+from pydantic import ValidationError
+
+from trsp.pruner.errors import UserError, first_problem
 from trsp.pruner.recipe import Recipe, SelectionRecipe, TransferRecipe
 
 # The product's selection by name: what differs from the run's own recipe.
@@ -124,10 +126,16 @@ class Method:
         return recipe.selection.model_copy(update=OURS.get(self.selection, {}))
 
     def transfer_recipe(self, recipe: Recipe) -> TransferRecipe:
-        """The recipe's transfer with what this method changes of it."""
+        """The recipe's transfer with what this method changes of it.
+
+        UserError: the two do not go together.
+        """
         changes = RECOVERIES[self.recovery] if self.recovery else {}
         document = recipe.transfer.model_dump() | changes
-        return TransferRecipe.model_validate(document)
+        try:
+            return TransferRecipe.model_validate(document)
+        except ValidationError as error:
+            raise UserError(f"{self.name}: transfer: {first_problem(error)}") from error
 
 
 def parse_method(text: str) -> Method:

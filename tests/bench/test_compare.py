@@ -76,8 +76,9 @@ def test_every_method_gives_a_cell(
 ) -> None:
     names = (
         "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor", "trsp",
-        "gates", "gates_unverified", "gates_one_shot", "paper_output_gates",
-        "paper_residual_gates", "laco", "replace_me", "trsp+refit", "streamline", "paper_output_gates+penalty", "trsp+transfer", "sleb+distil",
+        "gates", "gates_unverified", "gates_one_shot", "paper_output_gates", "paper_residual_gates",
+        "laco", "replace_me", "streamline", "trsp+refit", "paper_output_gates+penalty",
+        "trsp+transfer", "sleb+distil",
     )  # fmt: skip
     asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
     records = list(run_compare(asked))
@@ -285,6 +286,7 @@ def test_the_command_shows_tables_and_leaves_a_record(
         (("--ratio", "0.3", "--ratio", "0.34"), "same number of layers"),
         (("--eval-data", "far"), "NAME=PATH"),
         (("--set", "transfer.steps=-1"), "transfer.steps"),
+        (("--set", "transfer.steps=0"), "no steps with closing"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(

@@ -32,11 +32,14 @@ from trsp.pruner.token_ids import hash_ids
 
 SETTINGS = (
     "calibration.num_sequences=16", "calibration.sequence_length=32",
-    "selection.method=gates", "selection.first_round_steps=8", "selection.round_steps=3", "selection.batch_size=2",
+    "selection.method=gates", "selection.first_round_steps=8", "selection.round_steps=3",
+    "selection.batch_size=2", "transfer.closing=linear",
     "selection.num_candidates=2", "selection.verification_sequences=4",
     "transfer.steps=4", "transfer.batch_size=2", "transfer.learning_rate=2e-5",
     "auto.learning_rate_factors=[3.0, 0.3333333333333333]",
 )  # fmt: skip
+# Any setting of auto turns the search on.
+PLAIN = tuple(setting for setting in SETTINGS if not setting.startswith("auto."))
 IDLE = (2, 4)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -269,7 +272,7 @@ def test_the_best_rate_wins_and_its_weights_are_the_runs(
 
     monkeypatch.setattr(run.Run, "calibration", given)
     plain = {key: value for key, value in words.items() if key != "auto"}
-    settings = (*SETTINGS, f"transfer.learning_rate={rate!r}")
+    settings = (*PLAIN, f"transfer.learning_rate={rate!r}")
     api.prune(planted, tmp_path / "plain", **{**plain, "settings": settings}, layers=2)
     assert digest(tmp_path / "plain") == digest(out)
 
@@ -453,7 +456,9 @@ def test_a_search_is_resumed_with_its_own_settings_only(
         with pytest.raises(UserError, match=what):
             api.prune(planted, out, layers=2, resume=True, **settings)
     with pytest.raises(UserError, match="another auto"):
-        api.prune(planted, out, layers=2, resume=True, **{**words, "auto": False})
+        api.prune(
+            planted, out, layers=2, resume=True, **{**words, "auto": False, "settings": PLAIN}
+        )
 
 
 def test_stability_ties_go_to_the_recipes_own() -> None:
