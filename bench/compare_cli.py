@@ -13,7 +13,10 @@ RECORD_NAME = "compare.json"
 def compare(
     model: Annotated[Path, typer.Argument(help="checkpoint folder", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder for the record and what is done")],
-    data: Annotated[list[str] | None, typer.Option(help="calibration text; repeatable")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="calibration text, or self: the model writes it; repeatable"),
+    ] = None,
     eval_data: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="held-out text; repeatable"),

@@ -29,7 +29,10 @@ Preset = Annotated[str, typer.Option(help="trsp (the default) or paper")]
 Ratio = Annotated[float | None, typer.Option(help="part of the layers to remove; 0.25")]
 Layers = Annotated[int | None, typer.Option(help="number of layers to remove")]
 Keep = Annotated[str | None, typer.Option(help="layers to keep, as 0-5,8,11: no stage 1")]
-Data = Annotated[list[str] | None, typer.Option(help="text, jsonl, parquet or folder; repeatable")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="text, jsonl, parquet, folder, or self: the model writes it; repeatable"),
+]
 EvalData = Annotated[list[str] | None, typer.Option(help="held-out text: dense beside pruned")]
 Auto = Annotated[bool, typer.Option("--auto", help="search for the settings on held-out text")]
 MaxIncrease = Annotated[
