@@ -73,7 +73,7 @@ def compare(
     options = CompareOptions(
         model=model,
         recipe=build_recipe(file=recipe, flags=flags, settings=tuple(settings or ())),
-        eval_data=_named(eval_data or []),
+        eval_data=named_texts(eval_data or []),
         num_removed=_counts(
             open_checkpoint(model, trust_remote_code=trust_remote_code).num_hidden_layers,
             ratio,
@@ -125,7 +125,7 @@ def _counts(
     return tuple(sorted(counts))
 
 
-def _named(words: list[str]) -> dict[str, list[Path]]:
+def named_texts(words: list[str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for word in words:
         name, equals, path = word.partition("=")

@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from trsp.bench.compare_record import CompareRecord
     from trsp.pruner.recipe import Recipe
 
-# Removed directly, nothing trained.
+# Nothing trained.
 SELECTIONS = (
-    "trsp", "gates", "gates_once", "influence_verified", "paper_output_gates",
-    "paper_residual_gates", "random", "last", "block_influence", "angular", "sleb",
-    "one_shot_loss", "taylor", "laco", "replace_me", "streamline",
+    "random", "last", "block_influence", "angular", "one_shot_loss", "taylor", "sleb",
+    "replace_me", "streamline", "laco", "paper_output_gates", "paper_residual_gates",
+    "gates", "gates_once", "influence_verified", "trsp", "trsp+refit",
 )  # fmt: skip
 TRAINED = (
-    "trsp+transfer", "trsp+distil", "trsp+distil@flops", "trsp+finetune", "trsp+finetune@flops",
+    "trsp+transfer", "trsp+refit", "trsp+distil", "trsp+distil@flops", "trsp+finetune",
     "paper_output_gates+penalty",
 )  # fmt: skip
-ABLATION = ("trsp+linear_no_penalty", "trsp+half_labels", "trsp+progressive")
+# Without: refit (distil), teacher (refit_finetune), chosen layers (random), verification, rounds;
+# with: gates that close in training, with and without the penalty, or never.
+ABLATION = (
+    "trsp+transfer", "trsp+distil", "trsp+refit_finetune", "random+transfer",
+    "gates_unverified+transfer", "gates_one_shot+transfer", "trsp+linear",
+    "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil",
+)  # fmt: skip
 
 # Part of the layers that goes: the curve of what is cheap, two points of what trains.
 CURVE_RATIOS = (0.125, 0.25, 0.375, 0.5)
@@ -116,7 +122,7 @@ class Plan:
             "hidden_size", "vocab_size", "minutes", "batch_size", "sequence_length",
             "learning_rate",
         )  # fmt: skip
-        keywords: dict[str, Any] = {
+        return {
             "num_hidden_layers": profile.layers_of_base,
             **{name: getattr(profile, name) for name in alike},
             "context": max(1024, profile.sequence_length, profile.window),
@@ -124,9 +130,8 @@ class Plan:
             "seed": 0,
             "precision": "bf16" if profile.bf16 else "fp32",
             "compile_layers": profile.compiled,
+            "device": self.device,
         }
-        # The CPU is where it trains when nothing is said.
-        return keywords if self.device == "cpu" else {**keywords, "device": self.device}
 
     def recipe(self) -> "Recipe":
         """TRSP's settings.   UserError: one that does not exist or is out of range."""
@@ -210,7 +215,7 @@ def read_base(plan: Plan) -> dict[str, Any]:
     wanted = {**plan.training(), "text_files": [path.name for path in plan.data]}
     wanted["compiled"] = wanted.pop("compile_layers")
     # Where it was trained does not matter; how long it was to take is not in the record.
-    wanted.pop("device", None)
+    del wanted["device"]
     minutes = wanted.pop("minutes")
     if minutes is not None:
         del wanted["num_steps"]
@@ -247,6 +252,7 @@ def reproduce(plan: Plan, progress: Progress = silent) -> Path:
     from trsp.bench.compare import CompareOptions, run_compare
     from trsp.bench.compare_methods import parse_method
     from trsp.bench.compare_record import write_compare_record
+    from trsp.bench.reproduce_tables import tables_markdown
     from trsp.pruner.durable import atomic_write, run_lock
 
     check_plan(plan)
@@ -280,65 +286,6 @@ def reproduce(plan: Plan, progress: Progress = silent) -> Path:
             records.append((one, record))
             atomic_write(tables, tables_markdown(plan, trained, records))
     return tables
-
-
-def tables_markdown(
-    plan: Plan, trained: dict[str, Any], records: "list[tuple[Pass, CompareRecord]]"
-) -> str:
-    """The base model's facts, then a table for each pass, depth and text."""
-    from trsp.bench.compare_show import EXPLANATION, markdown
-
-    num_layers = plan.profile.layers_of_base
-    blocks = [
-        f"# Depth pruning compared on a model of {num_layers} layers\n",
-        _facts(plan, trained, records[0][1]),
-        f"```bash\n{plan.command()}\n```\n",
-        f"{EXPLANATION}\n",
-    ]
-    for one, record in records:
-        blocks.append(f"## {one.title}\n")
-        for count in one.num_removed:
-            for text in plan.eval_data:
-                gone = f"{count} of {num_layers} layers gone ({count / num_layers:.1%})"
-                blocks += [f"### {gone}, {text}\n", markdown(record, count, text)]
-        notes = [
-            f"- {cell.label}, {cell.num_removed} layers, seed {cell.seed}: {cell.note}\n"
-            for cell in record.cells
-            if cell.note
-        ]
-        blocks += ["".join(notes)] if notes else []
-    return "\n".join(blocks)
-
-
-def _facts(plan: Plan, trained: dict[str, Any], record: "CompareRecord") -> str:
-    """What was trained on what, and what the perplexities hold for."""
-    passes = trained["num_tokens_trained"] / trained["num_tokens_in_text"]
-    here, protocols = record.environment, record.protocols.items()
-    lines = [
-        f"- Base model: {trained['num_parameters'] / 1e6:.1f}M parameters, "
-        f"{trained['num_hidden_layers']} layers of width {trained['hidden_size']}, "
-        f"{trained['vocab_size']:,} tokens in the vocabulary, weights "
-        f"{record.dense.weights_sha256[:12]}.",
-        f"- Trained on {', '.join(trained['text_files'])}: {trained['num_steps']:,} steps, "
-        f"{trained['num_tokens_trained']:,} tokens ({passes:.2g} times the text), to a loss of "
-        f"{trained['final_loss']:.3f}, in {trained['wall_s'] / 60:.3g} min, "
-        f"{trained['precision']}, {_machine(trained['environment'])}.",
-        *(
-            f"- Text {name}: the dense model's perplexity is "
-            f"{record.dense.quality[name].perplexity:.4g}; {about['num_tokens']:,} tokens in "
-            f"windows of {about['window']}, stride {about['stride']}, {about['dtype']} on "
-            f"{about['device']}, text {about['text_sha256'][:12]}."
-            for name, about in protocols
-        ),
-        f"- Compared with {len(plan.seeds)} seeds: {_machine(here)}, commit {here['commit']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    gpu = environment["gpu"]
-    name = gpu["name"] if gpu else f"{environment['processor']} ({environment['num_cpus']} cores)"
-    return f"{name}, torch {environment['versions']['torch']}"
 
 
 def describe(plan: Plan) -> str:
@@ -401,7 +348,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """From text to tables: train a base model, prune it in every way, compare."""
-    from trsp.bench.compare_cli import _named
+    from trsp.bench.compare_cli import named_texts
     from trsp.pruner.run import resolve_device
 
     if minutes is not None and (steps is not None or minutes <= 0):
@@ -416,7 +363,7 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     plan = Plan(
         data=tuple(data),
-        eval_data=_named(eval_data),
+        eval_data=named_texts(eval_data),
         out=out,
         device=device,
         profile=replace(profile, **given),

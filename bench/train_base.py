@@ -46,6 +46,7 @@ def train_checkpoint(
     seed: int,
     precision: Precision,
     compile_layers: bool,
+    device: str = "cpu",
     overwrite: bool = False,
     log_every: int = 0,
     progress: Progress = silent,
@@ -100,6 +101,7 @@ def train_checkpoint(
         seed=seed,
         precision=precision,
         compile_layers=compile_layers,
+        device=device,
         progress=progress,
         log=log,
     )
@@ -113,6 +115,7 @@ def train_checkpoint(
         "seed": seed,
         "precision": precision,
         "compiled": compile_layers,
+        "device": device,
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "learning_rate": learning_rate,

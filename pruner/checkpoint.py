@@ -5,6 +5,7 @@ the folder, the weights hold exactly the layers that the config states, pickles 
 and code is run only when the user said so. Standard library only, but for loading.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -153,6 +154,20 @@ def sample_weights(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which ours cannot share a terminal with."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -183,16 +198,17 @@ def load_model(
         if not isinstance(named, torch.dtype):
             raise UserError(f"dtype {dtype!r} does not exist; use auto, float32, bfloat16, float16")
         dtype = named
-    model, report = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained,
-        checkpoint,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        # So that a parameter of another shape is reported below, by name.
-        ignore_mismatched_sizes=True,
-    )
+    with _without_bars():
+        model, report = _from_pretrained(
+            AutoModelForCausalLM.from_pretrained,
+            checkpoint,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            # So that a parameter of another shape is reported below, by name.
+            ignore_mismatched_sizes=True,
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if problems := report.get(kind):
             # A mismatch comes as (name, shape in the file, shape in the model).

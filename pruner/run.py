@@ -51,8 +51,9 @@ from trsp.pruner.text_checks import (
     require_no_overlap,
 )
 from trsp.pruner.text_files import find_files, read_texts
+from trsp.pruner.token_ids import starts_with_bos
 from trsp.pruner.transfer import NUM_MEASURED_SEQUENCES, TransferState, transfer
-from trsp.pruner.windows import token_stream
+from trsp.pruner.windows import default_window, require_a_window, token_stream
 
 
 @dataclass
@@ -185,6 +186,10 @@ class Run:
                 text_field=text_field,
                 progress=self.progress,
             ).ids
+            config = self.checkpoint.config
+            context = config.get("text_config", config).get("max_position_embeddings")
+            window = recipe.window or default_window(context)
+            require_a_window(len(held_out), window - starts_with_bos(tokenizer))
             # What the model wrote was trained on by nobody's mistake: a warning, no refusal.
             allowed = recipe.allow_overlap or self.writes_text
             check = overlap if allowed else require_no_overlap

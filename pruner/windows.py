@@ -79,6 +79,20 @@ class Windows:
         return _batches(self.ids, self.held, self.stride, self.bos, self.batch_size)
 
 
+def default_window(context: int | None) -> int:
+    """W where nobody names one: the model's context, at most 2048."""
+    return min(context or DEFAULT_WINDOW, DEFAULT_WINDOW)
+
+
+def require_a_window(num_tokens: int, held: int) -> None:
+    """UserError where a text of `num_tokens` does not fill the `held` places of one window."""
+    if num_tokens < held:
+        raise UserError(
+            f"the text has {num_tokens} tokens, one window needs {held};"
+            f" give more text or a smaller window"
+        )
+
+
 def cut_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +123,7 @@ def cut_windows(
             is shorter than a window, or holds tokens that the model does not have.
     """
     context = _context(model)
-    window = window if window is not None else min(context or DEFAULT_WINDOW, DEFAULT_WINDOW)
+    window = default_window(context) if window is None else window
     add_bos = starts_with_bos(tokenizer) if add_bos is None else add_bos
     held = window - add_bos
     stride = held if stride is None else stride
@@ -121,11 +135,7 @@ def cut_windows(
     text = token_stream(
         paths, tokenizer, max_tokens=max_tokens, text_field=text_field, progress=progress
     )
-    if len(text.ids) < held:
-        raise UserError(
-            f"the text has {len(text.ids)} tokens, one window needs {held};"
-            f" give more text or a smaller window"
-        )
+    require_a_window(len(text.ids), held)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     if int(text.ids.max()) >= vocab_size:
         raise UserError(

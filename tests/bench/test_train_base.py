@@ -251,6 +251,7 @@ def test_the_command_publishes_a_plain_checkpoint(tmp_path: Path) -> None:
     assert record["num_steps"] == len(record["loss_curve"]) == 3
     assert record["num_tokens_trained"] == 48
     assert record["num_parameters"] == model.num_parameters()
+    assert record["device"] == "cpu"
     assert record["environment"]["versions"]["torch"]
     again = CliRunner().invoke(train_base.app, arguments)
     assert again.exit_code == 2

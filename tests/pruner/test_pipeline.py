@@ -439,3 +439,17 @@ def test_words_that_would_be_ignored_are_refused(pico_llama: Path, tmp_path: Pat
         api.plan(pico_llama, tmp_path / "map.json", keep=[0, 1])
     with pytest.raises(UserError, match="a Recipe is whole"):
         api.prune(pico_llama, tmp_path / "out", recipe=Recipe(), ratio=0.5)
+
+
+def test_held_out_text_shorter_than_a_window_is_found_before_training(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short", "utf-8")
+    seen: list[str] = []
+    with pytest.raises(UserError, match="one window needs 64; give more text"):
+        api.prune(
+            pico_llama, tmp_path / "out", **{**words, "eval_data": [short]},
+            progress=lambda task, done, total: seen.append(task),
+        )  # fmt: skip
+    assert not any("loss without" in task for task in seen)
