@@ -25,13 +25,14 @@ OURS: dict[str, dict[str, Any]] = {
     "paper_residual_gates": {**_PAPER, "gate_kind": "residual"},
 }
 ONE_SHOT = "gates_one_shot"
-# They need no training and leave the weights alone (baseline_orders).
-TRAINING_FREE = (
+# They leave the weights alone (baseline_orders, baseline_joint).
+LAYER_CHOICES = (
     "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor",
+    "joint_gates",
 )  # fmt: skip
 # They change kept weights while they choose (baseline_merge, baseline_streamline).
 FOLDS = ("laco", "replace_me", "streamline")
-SELECTIONS = (*OURS, ONE_SHOT, *TRAINING_FREE, *FOLDS)
+SELECTIONS = (*OURS, ONE_SHOT, *LAYER_CHOICES, *FOLDS)
 
 # Ways to train: what differs from the recipe's transfer section.
 _LABELS = {"label_weight": 1.0, "distill_weight": 0.0}
@@ -69,6 +70,7 @@ LABELS = {
     "sleb": "SLEB",
     "one_shot_loss": "one-shot PPL",
     "taylor": "Taylor+",
+    "joint_gates": "joint gates (straight-through)",
     "laco": "LaCo-style merge",
     "replace_me": "ReplaceMe-style fold",
     "streamline": "LLM-Streamline-style layer",

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trsp.bench.baseline_joint import joint_gates
 from trsp.bench.baseline_merge import laco_merge, replace_me
 from trsp.bench.baseline_orders import NESTED, SELECTORS
 from trsp.bench.baseline_streamline import streamline
-from trsp.bench.compare_methods import FOLDS, ONE_SHOT, TRAINING_FREE, Method
+from trsp.bench.compare_methods import FOLDS, LAYER_CHOICES, ONE_SHOT, Method
 from trsp.bench.compare_record import Cost
 from trsp.bench.compute_meter import ComputeMeter
 from trsp.pruner.errors import UserError
@@ -53,11 +54,11 @@ class Chooser:
 
     def choose(self, method: Method, count: int) -> Choice:
         """The `count` layers that go, by a method that is not nested, and its cost."""
-        return self._training_free(method, count)
+        return self._chosen(method, count)
 
     def choose_nested(self, method: Method, deepest: int) -> dict[int, Choice]:
         """The layers for each depth up to `deepest`, and the cost of having found just these."""
-        if method.selection in TRAINING_FREE:
+        if method.selection in LAYER_CHOICES:
             return self._nested(method, deepest)
         if method.selection == ONE_SHOT:
             return self._one_shot_gates(deepest)
@@ -91,7 +92,7 @@ class Chooser:
         tokens = steps * batch_size * self.input_ids.shape[1]
         return Choice(order, _cost(meter).model_copy(update={"steps": steps, "tokens": tokens}))
 
-    def _training_free(
+    def _chosen(
         self,
         method: Method,
         count: int,
@@ -101,7 +102,7 @@ class Chooser:
         by_loss = method.selection in ("sleb", "one_shot_loss")
         sample = self.recipe.selection.verification_sequences if by_loss else len(self.input_ids)
         with ComputeMeter(self.device) as meter, GatedModel(self.model) as gated:
-            order = SELECTORS[method.selection](
+            order = {**SELECTORS, "joint_gates": joint_gates}[method.selection](
                 gated,
                 self.input_ids[:sample],
                 num_to_remove=count,
@@ -114,7 +115,7 @@ class Chooser:
 
     def _nested(self, method: Method, deepest: int) -> dict[int, Choice]:
         laps: list[Cost] = []
-        whole = self._training_free(method, deepest, lambda meter: laps.append(_cost(meter)))
+        whole = self._chosen(method, deepest, lambda meter: laps.append(_cost(meter)))
         # A method that scores all layers at once tells of no pick: each depth costs all of it.
         return _prefixes(whole, laps or [whole.cost] * deepest)
 
@@ -157,7 +158,7 @@ class Chooser:
 
 def is_nested(method: Method) -> bool:
     """Whether its layers for k are the first k of its layers for n."""
-    return method.selection in NESTED or method.selection not in (*TRAINING_FREE, *FOLDS)
+    return method.selection in NESTED or method.selection not in (*LAYER_CHOICES, *FOLDS)
 
 
 def _prefixes(whole: Choice, laps: list[Cost]) -> dict[int, Choice]:

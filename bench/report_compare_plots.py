@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trsp.bench.compare_methods import FOLDS, REFERENCE, TRAINING_FREE
+from trsp.bench.compare_methods import FOLDS, LAYER_CHOICES, REFERENCE
 from trsp.bench.compare_record import CompareRecord
 from trsp.bench.compare_summary import Row, TextSummary
 from trsp.bench.report_canvas import CannotDraw
@@ -112,7 +112,7 @@ def _families(ranked: Sequence[str]) -> list[tuple[str, list[str]]]:
         ("the product", [name for name in ranked if name == REFERENCE]),
         (
             "the best baseline without training",
-            [name for name in ranked if name in (*TRAINING_FREE, *FOLDS) and name != "random"],
+            [name for name in ranked if name in (*LAYER_CHOICES, *FOLDS) and name != "random"],
         ),
         (
             "TRSP's selection alone",

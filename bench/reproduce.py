@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SELECTIONS = (
     "random", "last", "block_influence", "angular", "one_shot_loss", "taylor", "sleb",
     "replace_me", "streamline", "laco", "paper_output_gates", "paper_residual_gates",
-    "gates", "gates_once", "influence_verified", "trsp", "trsp+refit",
+    "joint_gates", "gates", "gates_once", "influence_verified", "trsp", "trsp+refit",
 )  # fmt: skip
 TRAINED = (
     "trsp+transfer", "trsp+refit", "trsp+distil", "trsp+distil@flops", "trsp+finetune",

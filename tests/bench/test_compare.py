@@ -76,6 +76,7 @@ def test_every_method_gives_a_cell(
 ) -> None:
     names = (
         "random", "last", "block_influence", "angular", "sleb", "one_shot_loss", "taylor", "trsp",
+        "joint_gates",
         "gates", "gates_unverified", "gates_one_shot", "paper_output_gates", "paper_residual_gates",
         "laco", "replace_me", "streamline", "trsp+refit", "paper_output_gates+penalty",
         "trsp+transfer", "sleb+distil",
