@@ -5,7 +5,7 @@ leaves the others open: the loss is that of a model that really misses k layers.
 gate passes to its logit as if the gate were sigmoid((logit - threshold) / temperature), the
 threshold lying half-way between the last that goes and the first that stays. Weights are frozen.
 
-This is the mask search of E3-Pruner (arXiv 2511.17205) without its distillation, which belongs to
+In the manner of E3-Pruner's mask search, without its distillation, which belongs to
 the recovery here. The noise falls to none over the steps, the rate by a cosine to zero.
 
 L layers, N sequences, T tokens.
