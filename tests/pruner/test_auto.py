@@ -267,7 +267,7 @@ def test_the_best_rate_wins_and_its_weights_are_the_runs(
     training = spy.trained[-1]
     rate = 2e-5 * better
 
-    def given(_run: Any) -> CalibrationSet:
+    def given(_run: Any, *, resume: bool = False) -> CalibrationSet:
         return CalibrationSet(training, (), hash_ids(training), 0, False)
 
     monkeypatch.setattr(run.Run, "calibration", given)
