@@ -6,18 +6,15 @@ Methods that choose the same layers and train alike share what they trained.
 N calibration sequences of T tokens, L layers.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from trsp.bench.compare_bench import Bench, CompareOptions
 from trsp.bench.compare_calibration import read_calibrations, written_calibrations
 from trsp.bench.compare_methods import FOLDS, REFERENCE, Method, parse_method
 from trsp.bench.compare_record import Cell, CompareRecord, Cost, DenseModel
@@ -25,13 +22,11 @@ from trsp.bench.compare_selection import Choice, Chooser, is_nested
 from trsp.bench.compute_meter import ComputeMeter
 from trsp.bench.domain_quality import DomainQuality, Quality
 from trsp.bench.record import environment
-from trsp.pruner.calibration import CalibrationSet
 from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint, sample_weights
-from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress, silent
-from trsp.pruner.recipe import Recipe, TransferRecipe
+from trsp.pruner.recipe import TransferRecipe
 from trsp.pruner.run import resolve_device
 from trsp.pruner.self_text import is_self
 from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
@@ -42,29 +37,6 @@ _REMEDY = "name other files with --eval-data"
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """What the user asked for; see the command's help.
-
-    Attributes:
-        eval_data: held-out files by the name of their text.
-        num_removed: how many layers go, for each point of the curve.
-        recipe: calibration, selection and transfer of TRSP; the others take its text and steps.
-    """
-
-    model: Path
-    recipe: Recipe
-    eval_data: Mapping[str, Sequence[Path]]
-    num_removed: tuple[int, ...]
-    seeds: tuple[int, ...]
-    methods: tuple[Method, ...]
-    folder: Path
-    window: int | None = None
-    max_tokens: int | None = None
-    batch_size: int = 4
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
 class _Trained:
     """What one training gave: shared by all methods that ask for just this one."""
 
@@ -72,52 +44,6 @@ class _Trained:
     last_step_flops: int
     jump: float
     quality: dict[str, Quality]
-
-
-@dataclass
-class _Bench:
-    """The model and the texts of one comparison, and the folder of what is done."""
-
-    options: CompareOptions
-    model: PreTrainedModel
-    texts: dict[str, DomainQuality]
-    calibrations: dict[int, CalibrationSet]
-    identity: dict[str, Any]
-    progress: Progress
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    choices: dict[tuple[str, int], dict[int, Choice]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.weights = {
-            name: value.detach().clone() for name, value in self.model.state_dict().items()
-        }
-
-    @property
-    def device(self) -> str:
-        return str(self.model.device)
-
-    @contextmanager
-    def dense(self) -> Iterator[PreTrainedModel]:
-        """The dense model; whatever the block does to its weights is undone after it."""
-        try:
-            yield self.model
-        finally:
-            self.model.load_state_dict(self.weights)
-            self.model.zero_grad(set_to_none=True)
-            self.model.requires_grad_(True)
-
-    def kept(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """`make`'s document, from the folder where it was made before for the same key."""
-        whole = {**self.identity, **key}
-        name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
-        path = self.options.folder / "done" / f"{name}.json"
-        if path.is_file():
-            stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            return stored["result"]  # type: ignore[no-any-return]
-        result = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps({"key": whole, "result": result}, indent=1) + "\n")
-        return result
 
 
 def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterator[CompareRecord]:
@@ -153,7 +79,7 @@ def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterato
         )
 
 
-def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, DenseModel]:
+def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseModel]:
     """Read model and texts, run the dense model over them."""
     trust = options.trust_remote_code
     checkpoint = open_checkpoint(options.model, trust_remote_code=trust)
@@ -212,8 +138,9 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
         "weights": sample_weights(checkpoint),
         "protocols": {name: text.protocol() for name, text in texts.items()},
         "device": str(model.device),
+        "trsp": version("trsp"),
     }
-    bench = _Bench(options, model, texts, calibrations, identity, progress)
+    bench = Bench(options, model, texts, calibrations, identity, progress)
     dense = DenseModel(
         folder=options.model.resolve().name,
         num_hidden_layers=num_layers,
@@ -225,7 +152,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[_Bench, Dense
     return bench, dense
 
 
-def _cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
+def _cell(bench: Bench, method: Method, count: int, seed: int) -> Cell:
     if method.selection in FOLDS:
         return _folded_cell(bench, method, count, seed)
     choice = _choice(bench, method, count, seed)
@@ -253,7 +180,7 @@ def _cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
     return Cell(**shared, training=trained.cost, quality=trained.quality, jump=trained.jump)
 
 
-def _folded_cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
+def _folded_cell(bench: Bench, method: Method, count: int, seed: int) -> Cell:
     """A method that changes kept weights while it chooses; nothing is trained after it."""
     if method.recovery is not None:
         raise UserError(f"{method.name}: {method.selection} stands alone; nothing is trained on it")
@@ -291,7 +218,7 @@ def _folded_cell(bench: _Bench, method: Method, count: int, seed: int) -> Cell:
     )
 
 
-def _choice(bench: _Bench, method: Method, count: int, seed: int) -> Choice:
+def _choice(bench: Bench, method: Method, count: int, seed: int) -> Choice:
     """The layers a method takes; where its picks are nested, one search serves every depth."""
     options, calibration = bench.options, bench.calibrations[seed]
     selection = Method(method.selection)
@@ -326,7 +253,7 @@ def _choice(bench: _Bench, method: Method, count: int, seed: int) -> Choice:
     return kept[count]
 
 
-def _raw(bench: _Bench, removed: tuple[int, ...]) -> dict[str, Quality]:
+def _raw(bench: Bench, removed: tuple[int, ...]) -> dict[str, Quality]:
     """Quality with layers gone and nothing else done."""
 
     def make() -> dict[str, Any]:
@@ -338,7 +265,7 @@ def _raw(bench: _Bench, removed: tuple[int, ...]) -> dict[str, Quality]:
 
 
 def _trained(
-    bench: _Bench, recipe: TransferRecipe, removal_order: tuple[int, ...], seed: int
+    bench: Bench, recipe: TransferRecipe, removal_order: tuple[int, ...], seed: int
 ) -> _Trained:
     calibration = bench.calibrations[seed]
     # The order matters only where layers close one after the other.
@@ -389,7 +316,7 @@ def _trained(
     )
 
 
-def _reference_flops(bench: _Bench, count: int, seed: int) -> int:
+def _reference_flops(bench: Bench, count: int, seed: int) -> int:
     """What all of TRSP spends at this depth."""
     reference = parse_method(REFERENCE)
     choice = _choice(bench, reference, count, seed)
@@ -397,7 +324,7 @@ def _reference_flops(bench: _Bench, count: int, seed: int) -> int:
     return choice.cost.flops + _trained(bench, recipe, choice.removal_order, seed).cost.flops
 
 
-def _measure(bench: _Bench, model: PreTrainedModel, removed: tuple[int, ...]) -> dict[str, Quality]:
+def _measure(bench: Bench, model: PreTrainedModel, removed: tuple[int, ...]) -> dict[str, Quality]:
     with GatedModel(model) as gated, gated.masking(removed):
         return {
             name: text.measure(

@@ -59,7 +59,8 @@ def compare(
     if len(set(methods)) != len(methods):
         raise UserError("a --method is named twice")
     _require_folder(out, resume=resume)
-    from trsp.bench.compare import CompareOptions, run_compare
+    from trsp.bench.compare import run_compare
+    from trsp.bench.compare_bench import CompareOptions
     from trsp.bench.compare_record import CompareRecord, write_compare_record
     from trsp.bench.compare_show import show_compare
     from trsp.pruner.checkpoint import open_checkpoint

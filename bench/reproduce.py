@@ -249,7 +249,8 @@ def reproduce(plan: Plan, progress: Progress = silent) -> Path:
         RunError: a loss is not finite.
     """
     from trsp.bench import train_base
-    from trsp.bench.compare import CompareOptions, run_compare
+    from trsp.bench.compare import run_compare
+    from trsp.bench.compare_bench import CompareOptions
     from trsp.bench.compare_methods import parse_method
     from trsp.bench.compare_record import write_compare_record
     from trsp.bench.reproduce_tables import tables_markdown

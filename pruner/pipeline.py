@@ -27,6 +27,7 @@ from trsp.pruner.model_card import model_card, verdict
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.proof import VllmCheck, prove, require
 from trsp.pruner.recipe import Recipe, recipe_yaml
+from trsp.pruner.refit import refit_warnings
 from trsp.pruner.run import Run, base_model_of, free_memory
 from trsp.pruner.run_folder import RunFolder
 from trsp.pruner.signals import stopping_on_signals
@@ -111,20 +112,10 @@ def _run_stages(
     record = None
     if calibration is not None and run.recipe.transfer.enabled:
         record = run.transfer(given, calibration)
-        run.texts.warnings += _refit_warnings(record)
+        run.texts.warnings += refit_warnings(record["refits"])
     if calibration is not None:
         run.measure_calibration_text(calibration, record)
     return _publish(run, given, record, searched, out, overwrite, vllm, command)
-
-
-def _refit_warnings(transfer: dict[str, Any]) -> list[str]:
-    """A run of layers whose work no projection could take over, one line each."""
-    return [
-        f"layers {entry['first']} to {entry['last']} go without a refit: {entry['reason']}; only "
-        "the training after it makes up for them"
-        for entry in transfer["refits"]
-        if entry["reason"] is not None
-    ]
 
 
 def _require_text(recipe: Recipe, given: LayerMap | None) -> None:

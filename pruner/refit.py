@@ -15,7 +15,9 @@ contiguous block. Fitting the projection itself has more unknowns and was better
 N sequences of T tokens, D hidden size, I the width that enters the projection.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,16 @@ def runs_of(layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((layer, layer))
     return tuple(runs)
+
+
+def refit_warnings(refits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each run whose work no projection could take over; from a transfer's record."""
+    return [
+        f"layers {entry['first']} to {entry['last']} go without a refit: {entry['reason']}; only "
+        "the training after it makes up for them"
+        for entry in refits
+        if entry["reason"] is not None
+    ]
 
 
 class _LeastSquares:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from trsp.bench import compare as compare_module
 from trsp.bench.cli import app
-from trsp.bench.compare import CompareOptions, run_compare
+from trsp.bench.compare import run_compare
+from trsp.bench.compare_bench import CompareOptions
 from trsp.bench.compare_methods import parse_method
 from trsp.bench.compare_record import CompareRecord, read_compare_record, write_compare_record
 from trsp.bench.compare_show import cost_rows, markdown, quality_rows

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from trsp.bench import compare_calibration
 from trsp.bench.cli import app
-from trsp.bench.compare import CompareOptions, run_compare
+from trsp.bench.compare import run_compare
+from trsp.bench.compare_bench import CompareOptions
 from trsp.bench.compare_methods import parse_method
 from trsp.pruner import api, run, self_text
 from trsp.pruner.calibration import sequence_length
