@@ -7,14 +7,14 @@ N calibration sequences of T tokens, L layers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from trsp.bench.compare_bench import Bench, CompareOptions
+from trsp.bench.compare_bench import CELLS_VERSION, Bench, CompareOptions
 from trsp.bench.compare_calibration import read_calibrations, written_calibrations
 from trsp.bench.compare_methods import FOLDS, REFERENCE, Method, parse_method
 from trsp.bench.compare_record import Cell, CompareRecord, Cost, DenseModel
@@ -27,6 +27,7 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import TransferRecipe
+from trsp.pruner.refit import refit_warnings
 from trsp.pruner.run import resolve_device
 from trsp.pruner.self_text import is_self
 from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
@@ -44,6 +45,7 @@ class _Trained:
     last_step_flops: int
     jump: float
     quality: dict[str, Quality]
+    note: str | None
 
 
 def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterator[CompareRecord]:
@@ -138,7 +140,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseM
         "weights": sample_weights(checkpoint),
         "protocols": {name: text.protocol() for name, text in texts.items()},
         "device": str(model.device),
-        "trsp": version("trsp"),
+        "trsp": [version("trsp"), CELLS_VERSION],
     }
     bench = Bench(options, model, texts, calibrations, identity, progress)
     dense = DenseModel(
@@ -177,7 +179,13 @@ def _cell(bench: Bench, method: Method, count: int, seed: int) -> Cell:
             return Cell(**shared, training=None, quality=None, note=note)
         recipe = recipe.model_copy(update={"steps": int(steps)})
         trained = _trained(bench, recipe, choice.removal_order, seed)
-    return Cell(**shared, training=trained.cost, quality=trained.quality, jump=trained.jump)
+    return Cell(
+        **shared,
+        training=trained.cost,
+        quality=trained.quality,
+        jump=trained.jump,
+        note=trained.note,
+    )
 
 
 def _folded_cell(bench: Bench, method: Method, count: int, seed: int) -> Cell:
@@ -204,6 +212,9 @@ def _folded_cell(bench: Bench, method: Method, count: int, seed: int) -> Cell:
         "calibration": calibration.sha256,
         "batch_size": recipe.transfer.batch_size,
         "steps": recipe.transfer.steps if method.selection == "streamline" else None,
+        "learning_rate": (
+            recipe.transfer.learning_rate if method.selection == "streamline" else None
+        ),
     }
     found = bench.kept(key, make)
     return Cell(
@@ -298,6 +309,7 @@ def _trained(
             "cost": cost.model_dump(),
             "last_step_flops": laps[-1] - (laps[-2] if len(laps) > 1 else 0) if laps else 0,
             "jump": result.loss_after_deletion - result.loss_before_deletion,
+            "note": "; ".join(refit_warnings([asdict(entry) for entry in result.refits])) or None,
             "quality": {name: found.model_dump() for name, found in quality.items()},
         }
 
@@ -312,6 +324,7 @@ def _trained(
         cost=Cost(**found["cost"]),
         last_step_flops=found["last_step_flops"],
         jump=found["jump"],
+        note=found["note"],
         quality={name: Quality(**quality) for name, quality in found["quality"].items()},
     )
 

@@ -19,6 +19,9 @@ from trsp.pruner.durable import atomic_write
 from trsp.pruner.progress import Progress
 from trsp.pruner.recipe import Recipe
 
+# Raised whenever a kept result would come out otherwise if it were made again.
+CELLS_VERSION = 1
+
 
 @dataclass(frozen=True)
 class CompareOptions:

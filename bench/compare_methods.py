@@ -147,6 +147,8 @@ def parse_method(text: str) -> Method:
     _require_known("selection", selection, SELECTIONS, text)
     if plus:
         _require_known("recovery", recovery, tuple(RECOVERIES), text)
+        if selection in FOLDS:
+            raise UserError(f"method {text!r}: {selection} stands alone; nothing is trained on it")
     if at and (budget != "flops" or not plus):
         raise UserError(f"method {text!r}: write SELECTION, SELECTION+RECOVERY or ...@flops")
     if budget == "flops" and RECOVERIES[recovery].get("closing") != "at_once":

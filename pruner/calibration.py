@@ -121,15 +121,20 @@ def build_calibration(
     )
 
 
+def stated_context(checkpoint: Checkpoint) -> int | None:
+    """The most tokens the model takes at a time, where config.json says so."""
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    stated = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
+    return next((int(value) for value in stated if isinstance(value, int)), None)
+
+
 def sequence_length(checkpoint: Checkpoint, asked: int | None = None) -> int:
     """Tokens of a calibration sequence: as many as asked for, or the context's, at most 2048.
 
     Raises:
         UserError: the context is shorter, or config.json states none and nothing is asked for.
     """
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    stated = (config.get(name) for name in ("max_position_embeddings", "n_positions"))
-    context = next((int(value) for value in stated if isinstance(value, int)), None)
+    context = stated_context(checkpoint)
     if context is None and asked is None:
         raise UserError(
             f"{checkpoint.path}: config.json states no context length; set "

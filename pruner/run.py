@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trsp.pruner.calibration import CalibrationSet, build_calibration, sequence_length
+from trsp.pruner.calibration import (
+    CalibrationSet,
+    build_calibration,
+    sequence_length,
+    stated_context,
+)
 from trsp.pruner.checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -186,9 +191,7 @@ class Run:
                 text_field=text_field,
                 progress=self.progress,
             ).ids
-            config = self.checkpoint.config
-            context = config.get("text_config", config).get("max_position_embeddings")
-            window = recipe.window or default_window(context)
+            window = recipe.window or default_window(stated_context(self.checkpoint))
             require_a_window(len(held_out), window - starts_with_bos(tokenizer))
             # What the model wrote was trained on by nobody's mistake: a warning, no refusal.
             allowed = recipe.allow_overlap or self.writes_text

@@ -114,7 +114,7 @@ def transfer(
         RunError: a loss or gradient that is not finite, with its step and batch.
     """
     teacher = None
-    if recipe.distill_weight > 0 or recipe.hidden_weight > 0:
+    if recipe.steps and (recipe.distill_weight > 0 or recipe.hidden_weight > 0):
         micro = recipe.micro_batch_size or recipe.batch_size
         with autocast(model, recipe):
             teacher = record_teacher(model, input_ids, batch_size=micro, progress=progress)
@@ -159,8 +159,9 @@ def _start(
         loss_dense = gated.masked_loss(input_ids[:NUM_MEASURED_SEQUENCES], (), micro)
         if recipe.closing != "refit":
             return loss_dense, ()
+        # One sequence at a time: the sums must not depend on how a resumed run lays out its steps.
         refits = refit(
-            gated, input_ids, dropped, ridge=recipe.ridge, batch_size=micro, progress=progress
+            gated, input_ids, dropped, ridge=recipe.ridge, batch_size=1, progress=progress
         )
     return loss_dense, refits
 
@@ -350,7 +351,11 @@ def _trainable(model: PreTrainedModel, lora: LoraRecipe | None) -> Any:
     # Seeded by the caller through torch.manual_seed: LoRA's A matrices are random.
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear")
     wrapped = get_peft_model(model, config)
-    yield {name: value for name, value in model.named_parameters() if value.requires_grad}
+    try:
+        yield {name: value for name, value in model.named_parameters() if value.requires_grad}
+    except BaseException:
+        wrapped.unload()
+        raise
     wrapped.merge_and_unload()
     model.requires_grad_(True)
 

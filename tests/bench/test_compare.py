@@ -282,6 +282,7 @@ def test_the_command_shows_tables_and_leaves_a_record(
     ("words", "problem"),
     [
         (("--method", "slub"), "did you mean sleb"),
+        (("--method", "laco+distil"), "laco stands alone"),
         (("--method", "last", "--method", "last"), "twice"),
         (("--ratio", "0.3", "--layers", "2"), "choose one"),
         (("--ratio", "1.5"), "not within"),
@@ -298,6 +299,18 @@ def test_mistakes_are_found_before_anything_runs(
     assert result.exit_code == 2
     assert problem in result.output
     assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_a_refit_that_could_not_be_is_said(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trsp.pruner.refit.last_projection", lambda *_: None)
+    asked = options(
+        pico_llama, texts, tmp_path / "out", methods=methods("last+refit"), num_removed=(2,)
+    )
+    (cell,) = last(run_compare(asked)).cells
+    assert cell.note is not None
+    assert "layers 4 to 5 go without a refit: layer 3's MLP" in cell.note
 
 
 def test_methods_are_listed_without_a_model() -> None:

@@ -108,8 +108,6 @@ def test_a_bias_is_fitted_with_the_weight() -> None:
     fc2 = model.model.decoder.layers[1].fc2
     before = fc2.bias.detach().clone()
     with GatedModel(model) as gated:
-        if gated.branches[1] is None:
-            pytest.skip("this transformers' OPT layer has no MLP module: nothing to refit")
         (found,) = refit(gated, tokens, (2,), ridge=0.01, batch_size=2)
     assert found.explained is not None
     assert not fc2.bias.equal(before)
@@ -146,7 +144,7 @@ def test_batches_and_their_order_do_not_matter(model: PreTrainedModel, tokens: T
 
 def test_transfer_begins_with_it_and_says_so(model: PreTrainedModel, tokens: Tensor) -> None:
     alone = copy.deepcopy(model)
-    refitted(alone, tokens, DROPPED, batch_size=4)
+    refitted(alone, tokens, DROPPED, batch_size=1)
     recipe = TransferRecipe(steps=0, batch_size=4)
     result = transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
     assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())

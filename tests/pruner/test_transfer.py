@@ -287,3 +287,12 @@ def test_absolute_units_are_activation_units(model: PreTrainedModel, tokens: Ten
         gated.logits(tokens[sequences])
         expected = sum(float(d.absolute()) for d in gated.differences.values())
     assert run(model, tokens, **settings).steps[0]["penalty"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_adapters_are_taken_off_a_model_whose_training_fails(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    names = set(model.state_dict())
+    with pytest.raises(RunError):
+        run(model, tokens, lora=LoraRecipe(rank=2), learning_rate=1e30)
+    assert set(model.state_dict()) == names
