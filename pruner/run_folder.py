@@ -9,8 +9,8 @@
     auto.json          finished work of a search (auto_trials.py)
     search/NAME/       one transfer of a search: a folder like this one
 
-Every file is replaced whole. `transferred/` is what `layer_map.json` applies to, as a whole: its kept
-layers do the others' work.
+Every file is replaced whole. `transferred/` is what `layer_map.json` applies to, as a whole: its
+kept layers do the others' work.
 """
 
 import json
