@@ -26,7 +26,7 @@ L layers, N sequences, T tokens.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -180,9 +180,7 @@ def _pick_by_masked_loss(
         "candidates": list(measured),
         "candidate_losses": list(measured.values()),
     }
-    return SelectionState(
-        state.dense_loss, state.gates, (*state.picks, pick), (*state.rounds, record)
-    )
+    return _after(state, record)
 
 
 def _last_costs(state: SelectionState) -> tuple[float, dict[int, float]]:
@@ -219,9 +217,12 @@ def _pick_by_influence(
         "candidates": candidates,
         "candidate_losses": losses,
     }
-    return SelectionState(
-        state.dense_loss, state.gates, (*state.picks, pick), (*state.rounds, record)
-    )
+    return _after(state, record)
+
+
+def _after(state: SelectionState, record: dict[str, Any]) -> SelectionState:
+    """The state behind a round that trained no gates."""
+    return replace(state, picks=(*state.picks, record["picked"]), rounds=(*state.rounds, record))
 
 
 def _remaining(num_layers: int, protected: frozenset[int], state: SelectionState) -> list[int]:
