@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trsp.bench.baseline_orders import block_cosines, check_number
+from trsp.bench.baseline_orders import NotApplicableError, block_cosines, check_number
 from trsp.pruner.activations import last_projection, residual_stream, watching
-from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import require_finite
 from trsp.pruner.progress import Progress, silent
@@ -133,9 +132,9 @@ def replace_me(
     before, last = first - 1, first + num_to_remove - 1
     projection = last_projection(gated, before, input_ids[:1])
     if projection is None:
-        raise UserError(
+        raise NotApplicableError(
             f"layer {before} has no MLP that ends in one linear projection: a linear map cannot "
-            "be folded into it; leave replace_me out"
+            "be folded into it"
         )
     size = projection.out_features
     gram = torch.zeros(size, size, dtype=torch.float64, device=projection.weight.device)
@@ -168,9 +167,9 @@ def _require_same_parameters(gated: GatedModel) -> None:
     ]
     for layer, other in enumerate(shapes):
         if other != shapes[0]:
-            raise UserError(
+            raise NotApplicableError(
                 f"layer {layer} has other parameters than layer 0: layers of one kind can be "
-                "merged, these cannot; leave laco out"
+                "merged, these cannot"
             )
 
 

@@ -25,6 +25,10 @@ from trsp.pruner.progress import Progress, silent
 TAYLOR_KEPT_FIRST, TAYLOR_KEPT_LAST = 4, 2
 
 
+class NotApplicableError(UserError):
+    """The method cannot be done on this model, whatever the user does; the text says why."""
+
+
 def nothing() -> None:
     """Do nothing at a pick."""
 

@@ -8,19 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp.bench.compare_methods import Method
 from trsp.bench.compare_selection import Choice
-from trsp.bench.domain_quality import DomainQuality
+from trsp.bench.compare_tasks import CompareTasks
+from trsp.bench.domain_quality import DomainQuality, Quality
+from trsp.bench.zero_shot_record import TaskResult
 from trsp.pruner.calibration import CalibrationSet
 from trsp.pruner.durable import atomic_write
+from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress
 from trsp.pruner.recipe import Recipe
 
 # Raised whenever a kept result would come out otherwise if it were made again.
-CELLS_VERSION = 1
+CELLS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class CompareOptions:
         eval_data: held-out files by the name of their text.
         num_removed: how many layers go, for each point of the curve.
         recipe: calibration, selection and transfer of TRSP; the others take its text and steps.
+        tasks: zero-shot tasks of lm-eval by name, or files that end in .jsonl.
+        task_limit: the first so many documents of each.
     """
 
     model: Path
@@ -44,6 +50,17 @@ class CompareOptions:
     max_tokens: int | None = None
     batch_size: int = 4
     trust_remote_code: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+
+
+class Measured(BaseModel):
+    """A model's quality by text, and its zero-shot results by task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quality: dict[str, Quality]
+    tasks: dict[str, TaskResult]
 
 
 @dataclass
@@ -52,7 +69,9 @@ class Bench:
 
     options: CompareOptions
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     texts: dict[str, DomainQuality]
+    tasks: CompareTasks
     calibrations: dict[int, CalibrationSet]
     identity: dict[str, Any]
     progress: Progress
@@ -60,8 +79,10 @@ class Bench:
     choices: dict[tuple[str, int], dict[int, Choice]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Not on the device: what a method needs there is measured.
         self.weights = {
-            name: value.detach().clone() for name, value in self.model.state_dict().items()
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.model.state_dict().items()
         }
 
     @property
@@ -77,6 +98,22 @@ class Bench:
             self.model.load_state_dict(self.weights)
             self.model.zero_grad(set_to_none=True)
             self.model.requires_grad_(True)
+
+    def measure(self, model: PreTrainedModel, removed: tuple[int, ...]) -> Measured:
+        """Quality and zero-shot results with these layers masked."""
+        with GatedModel(model) as gated, gated.masking(removed):
+            quality = {
+                name: text.measure(
+                    lambda ids: gated.logits(ids.to(model.device)),
+                    lambda task, done, total, name=name: self.progress(
+                        f"{task}, {name}", done, total
+                    ),
+                )
+                for name, text in self.texts.items()
+            }
+            return Measured(
+                quality=quality, tasks=self.tasks.run(model, self.tokenizer, self.progress)
+            )
 
     def kept(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """`make`'s document, from the folder where it was made before for the same key."""

@@ -27,8 +27,16 @@ def compare(
     layers: Annotated[list[int] | None, typer.Option(help="how many go; repeatable")] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="SELECTION[+RECOVERY[@flops]]; repeatable; see --list"),
+        typer.Option(help="SELECTION[+RECOVERY[@flops]], or all; repeatable; see --list"),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE.jsonl",
+            help="zero-shot task of choices, by lm-eval's name, or your own file; repeatable",
+        ),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="first documents of each task")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0 1 2")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML; flags override")] = None,
     settings: Annotated[
@@ -48,14 +56,22 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """TRSP beside every baseline on your model and text: one protocol, one table."""
-    from trsp.bench.compare_methods import DEFAULT_METHODS, RECOVERIES, SELECTIONS, parse_method
+    from trsp.bench.compare_methods import (
+        ALL_METHODS,
+        DEFAULT_METHODS,
+        RECOVERIES,
+        SELECTIONS,
+        parse_method,
+    )
 
     if list_methods:
         typer.echo(f"selections  {', '.join(SELECTIONS)}")
         typer.echo(f"recoveries  {', '.join(RECOVERIES)}")
         typer.echo(f"by default  {', '.join(DEFAULT_METHODS)}")
+        typer.echo(f"all         {', '.join(ALL_METHODS)}")
         return
-    methods = tuple(parse_method(text) for text in method or DEFAULT_METHODS)
+    names = ALL_METHODS if method == ["all"] else method or DEFAULT_METHODS
+    methods = tuple(parse_method(text) for text in names)
     if len(set(methods)) != len(methods):
         raise UserError("a --method is named twice")
     _require_folder(out, resume=resume)
@@ -87,6 +103,8 @@ def compare(
         max_tokens=max_tokens,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        tasks=tuple(task or ()),
+        task_limit=task_limit,
     )
     record: CompareRecord | None = None
     with run_lock(out), progress_bars() as progress:

@@ -75,19 +75,26 @@ LABELS = {
     "replace_me": "ReplaceMe-style fold",
     "streamline": "LLM-Streamline-style layer",
 }
-DEFAULT_METHODS = (
-    *(name for name in SELECTIONS if name not in ("gates_unverified", "gates_one_shot")),
-    "paper_output_gates+penalty",
-    "paper_output_gates+penalty_l1",
-    "paper_residual_gates+penalty",
-    "paper_residual_gates+penalty_l1",
-    *(
-        f"{name}+{recovery}"
-        for name in ("block_influence", "sleb", "gates")
-        for recovery in ("finetune", "finetune@flops", "distil", "distil@flops")
-    ),
-    REFERENCE,
-)
+_TRAINED = ("finetune", "finetune@flops", "distil", "distil@flops")
+
+
+def _methods(trained: tuple[str, ...]) -> tuple[str, ...]:
+    """Every selection alone, those in `trained` also trained, the paper's form and TRSP's."""
+    return (
+        *(name for name in SELECTIONS if name not in ("gates_unverified", ONE_SHOT)),
+        "paper_output_gates+penalty",
+        "paper_output_gates+penalty_l1",
+        "paper_residual_gates+penalty",
+        "paper_residual_gates+penalty_l1",
+        *(f"{name}+{recovery}" for name in trained for recovery in _TRAINED),
+        "trsp+refit",
+        REFERENCE,
+    )
+
+
+# `--method all` is every rival, trained in each way; the default trains the strongest only.
+DEFAULT_METHODS = _methods(("block_influence", "sleb", "replace_me"))
+ALL_METHODS = _methods((*LAYER_CHOICES, *FOLDS, "gates", "trsp"))
 Budget = Literal["tokens", "flops"]
 
 
@@ -147,16 +154,23 @@ def parse_method(text: str) -> Method:
     _require_known("selection", selection, SELECTIONS, text)
     if plus:
         _require_known("recovery", recovery, tuple(RECOVERIES), text)
-        if selection in FOLDS:
-            raise UserError(f"method {text!r}: {selection} stands alone; nothing is trained on it")
+        if selection in FOLDS and not _trains_without_layers(recovery):
+            raise UserError(
+                f"method {text!r}: the layers that {selection} takes are already folded into "
+                "others; train without them (finetune, distil)"
+            )
     if at and (budget != "flops" or not plus):
         raise UserError(f"method {text!r}: write SELECTION, SELECTION+RECOVERY or ...@flops")
-    if budget == "flops" and RECOVERIES[recovery].get("closing") != "at_once":
+    if budget == "flops" and not _trains_without_layers(recovery):
         raise UserError(
             f"method {text!r}: @flops is for training without the layers (finetune, distil); "
             f"{recovery} is what the budget is taken from"
         )
     return Method(selection, recovery or None, "flops" if budget else "tokens")
+
+
+def _trains_without_layers(recovery: str) -> bool:
+    return RECOVERIES[recovery].get("closing") == "at_once"
 
 
 def _require_known(kind: str, name: str, known: tuple[str, ...], text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trsp.bench.domain_quality import Quality
+from trsp.bench.zero_shot_record import TaskResult
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError, first_problem
 
@@ -39,6 +40,7 @@ class Cell(_Part):
     Attributes:
         removal_order: the layers that went, as the method took them.
         quality: by text.   note: why there is none.
+        tasks: zero-shot results, by task.
         jump: loss after deletion minus before, nats on calibration text; None without training.
     """
 
@@ -48,8 +50,9 @@ class Cell(_Part):
     seed: int
     removal_order: tuple[int, ...]
     selection: Cost
-    training: Cost | None
+    training: Cost | None = None
     quality: dict[str, Quality] | None
+    tasks: dict[str, TaskResult] = {}
     jump: float | None = None
     note: str | None = None
 
@@ -73,6 +76,7 @@ class DenseModel(_Part):
     fingerprint: str
     weights_sha256: str
     quality: dict[str, Quality]
+    tasks: dict[str, TaskResult] = {}
 
 
 class CompareRecord(_Part):

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trsp.bench.compare_record import CompareRecord
-from trsp.bench.compare_summary import Row, summarize
+from trsp.bench.compare_summary import Row, TaskSummary, summarize, summarize_tasks
 from trsp.bench.statistics import Interval
 
 EXPLANATION = (
@@ -15,6 +15,10 @@ EXPLANATION = (
     "not evaluation."
 )
 QUALITY_COLUMNS = ("perplexity", "to dense", "beside TRSP", "KL", "top-1")
+TASKS_EXPLANATION = (
+    "zero-shot: accuracy by the length of the choice (acc_norm) where the task has it, means over "
+    "the seeds; ± is one standard error over the task's items, in points."
+)
 COST_COLUMNS = ("steps", "TFLOP", "seconds", "GiB", "sets")
 
 
@@ -30,6 +34,20 @@ def cost_rows(record: CompareRecord, count: int) -> list[list[str]]:
     The last is how many different sets of layers the seeds took.
     """
     return [[row.label, *_cost(row)] for row in _rows(record, count)]
+
+
+def task_columns(record: CompareRecord) -> tuple[str, ...]:
+    """Each task with its metric, then their mean; empty without tasks."""
+    dense = summarize_tasks([record.dense.tasks])
+    names = tuple(f"{name}, {found.metric}" for name, found in dense.items())
+    return (*names, "mean") if names else ()
+
+
+def task_rows(record: CompareRecord, count: int) -> list[list[str]]:
+    """The dense model, then each method's accuracies at this depth; see task_columns."""
+    dense = summarize_tasks([record.dense.tasks])
+    rows = [("dense", dense), *((row.label, row.tasks) for row in _rows(record, count))]
+    return [[label, *_accuracies(found, tuple(dense))] for label, found in rows]
 
 
 def markdown(record: CompareRecord, count: int, text: str) -> str:
@@ -51,8 +69,12 @@ def show_compare(record: CompareRecord) -> None:
         for text in record.protocols:
             rows = quality_rows(record, count, text)
             _print_table(console, f"{gone}, {text}", QUALITY_COLUMNS, rows)
+        if columns := task_columns(record):
+            _print_table(console, f"{gone}, zero-shot", columns, task_rows(record, count))
         _print_table(console, f"{gone}, cost", COST_COLUMNS, cost_rows(record, count))
     console.print(EXPLANATION, markup=False)
+    if record.dense.tasks:
+        console.print(TASKS_EXPLANATION, markup=False)
     for name, protocol in record.protocols.items():
         console.print(
             f"{name}: windows of {protocol['window']} tokens, stride {protocol['stride']}, bos "
@@ -96,6 +118,18 @@ def _quality(row: Row, text: str) -> list[str]:
         f"{found.kl:.3f}",
         f"{found.top1_agreement:.1%}",
     ]
+
+
+def _accuracies(found: dict[str, TaskSummary], names: tuple[str, ...]) -> list[str]:
+    if not all(name in found for name in names):
+        return ["-"] * (len(names) + 1)
+    cells = []
+    for name in names:
+        error = found[name].stderr
+        cells.append(
+            f"{found[name].value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+        )
+    return [*cells, f"{sum(found[name].value for name in names) / len(names):.1%}"]
 
 
 def _cost(row: Row) -> list[str]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from trsp.bench.compare_methods import REFERENCE
 from trsp.bench.compare_record import Cell, CompareRecord
+from trsp.bench.compare_tasks import accuracy
 from trsp.bench.statistics import Interval, ratio_interval
+from trsp.bench.zero_shot_record import TaskResult
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,26 @@ class TextSummary:
 
 
 @dataclass(frozen=True)
+class TaskSummary:
+    """A zero-shot accuracy over the seeds.
+
+    Attributes:
+        metric: lm-eval's name of it.
+        stderr: of one seed's value, from the task's items: they are the same for every seed, so
+            more seeds do not make it smaller. None where lm-eval has none.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One method at one depth. Costs are means over the seeds.
 
     Attributes:
-        texts: None where a seed has no quality; `note` says why.
+        texts: None where a seed has no quality; `note` says why.   tasks: by task.
         num_choices: how many different sets of layers the seeds chose.
     """
 
@@ -40,6 +57,7 @@ class Row:
     num_removed: int
     num_seeds: int
     texts: dict[str, TextSummary] | None
+    tasks: dict[str, TaskSummary]
     steps: float
     flops: float
     seconds: float
@@ -79,6 +97,7 @@ def _row(record: CompareRecord, cells: Sequence[Cell], reference: dict[int, Cell
         texts=None
         if any(cell.quality is None for cell in cells)
         else {name: _text(record, cells, reference, name) for name in record.protocols},
+        tasks=summarize_tasks([cell.tasks for cell in cells]),
         steps=_mean(steps),
         flops=_mean([cell.total_flops for cell in cells]),
         seconds=_mean([cell.total_seconds for cell in cells]),
@@ -109,6 +128,22 @@ def _text(
         kl=_mean([quality.kl for quality in found]),
         top1_agreement=_mean([quality.top1_agreement for quality in found]),
     )
+
+
+def summarize_tasks(results: Sequence[dict[str, TaskResult]]) -> dict[str, TaskSummary]:
+    """By task, over models that have all been through the same tasks; empty without tasks."""
+    found = {}
+    for name in results[0] if all(results) else ():
+        metrics = [accuracy(one[name]) for one in results]
+        shown = [metric for metric in metrics if metric is not None]
+        if len(shown) == len(results):
+            errors = [metric.stderr for metric in shown if metric.stderr is not None]
+            found[name] = TaskSummary(
+                shown[0].name,
+                _mean([metric.value for metric in shown]),
+                _mean(errors) if len(errors) == len(shown) else None,
+            )
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trsp.bench.compare_methods import REFERENCE
 from trsp.bench.compare_record import CompareRecord
+from trsp.bench.compare_show import TASKS_EXPLANATION, task_columns, task_rows
 from trsp.bench.compare_summary import Row as Summary
 from trsp.bench.compare_summary import TextSummary
 from trsp.bench.report_chapter import (
@@ -50,12 +51,15 @@ def compare_chapter(number: int, record: CompareRecord, path: Path, sha256: str)
             found.depth(count),
             tables=(
                 *(quality_table(found, count, text) for text in record.protocols),
+                *task_tables(found, count),
                 cost_table(found, count),
             ),
         )
         for count in record.num_removed
     ]
     explained = f"{_ABOUT_QUALITY} {_ABOUT_COST}"
+    if record.dense.tasks:
+        explained += f" {TASKS_EXPLANATION}"
     parts = [
         Part("Figures", plots=tuple(plots)),
         Part("Where TRSP loses", lines, (loses,)),
@@ -95,6 +99,7 @@ def readme_parts(
         for text in record.protocols:
             sentences.append(best_sentence(found, count, text))
             tables.append(quality_table(found, count, text))
+        tables += task_tables(found, count)
         tables.append(cost_table(found, count))
     sentences += losing_table(found)[1]
     return stops(record), sentences, [table for table in tables if table.num_rows]
@@ -123,6 +128,17 @@ def quality_table(found: Comparison, count: int, text: str) -> Table:
     columns = (Column("method", words=True), *map(Column, titles))
     share = count / found.record.dense.num_hidden_layers
     return Table(f"{found.depth(count)} ({share:.1%}), {text}", columns, one_group(rows))
+
+
+def task_tables(found: Comparison, count: int) -> tuple[Table, ...]:
+    """Zero-shot accuracies of the dense model and every method at one depth, where there are."""
+    titles = task_columns(found.record)
+    if not titles:
+        return ()
+    dense, *rows = task_rows(found.record, count)
+    columns = (Column("method", words=True), *map(Column, titles))
+    shown = [Row(tuple(dense), "dense"), *(Row(tuple(row)) for row in rows)]
+    return (Table(f"{found.depth(count)}, zero-shot", columns, one_group(shown)),)
 
 
 def cost_table(found: Comparison, count: int) -> Table:

@@ -94,6 +94,7 @@ def transfer(
     *,
     dropped: tuple[int, ...],
     seed: int,
+    teacher: Teacher | None = None,
     state: TransferState | None = None,
     on_step: Callable[[int, Callable[[], TransferState]], None] = lambda step, snapshot: None,
     on_failure: Callable[[Callable[[], TransferState]], None] = lambda snapshot: None,
@@ -106,6 +107,7 @@ def transfer(
             in fp32 for full-parameter transfer.
         input_ids: calibration tokens [N, T].
         dropped: the layers that will be deleted, in order of removal.
+        teacher: the dense model's, where `model` is no longer it; recorded here where None.
         state: where an interrupted transfer stopped; `model` must be the dense model again.
         on_step: called after every step with the number of finished steps and a function that
             captures the state; it may raise to stop the run.
@@ -113,11 +115,8 @@ def transfer(
     Raises:
         RunError: a loss or gradient that is not finite, with its step and batch.
     """
-    teacher = None
-    if recipe.steps and (recipe.distill_weight > 0 or recipe.hidden_weight > 0):
-        micro = recipe.micro_batch_size or recipe.batch_size
-        with autocast(model, recipe):
-            teacher = record_teacher(model, input_ids, batch_size=micro, progress=progress)
+    if teacher is None:
+        teacher = teacher_of(model, input_ids, recipe, progress)
     loss_dense, refits = _start(model, input_ids, recipe, dropped, progress)
     with (
         _trainable(model, recipe.lora) as parameters,
@@ -141,6 +140,17 @@ def transfer(
             progress("transfer", step + 1, recipe.steps)
         result = _measure_end(gated, sample, recipe, dropped, records, loss_dense)
         return replace(result, refits=refits)
+
+
+def teacher_of(
+    model: PreTrainedModel, input_ids: Tensor, recipe: TransferRecipe, progress: Progress = silent
+) -> Teacher | None:
+    """The model as a teacher on tokens [N, T]; None where the recipe asks none."""
+    if not recipe.steps or not (recipe.distill_weight > 0 or recipe.hidden_weight > 0):
+        return None
+    micro = recipe.micro_batch_size or recipe.batch_size
+    with autocast(model, recipe):
+        return record_teacher(model, input_ids, batch_size=micro, progress=progress)
 
 
 def _start(

@@ -1,23 +1,37 @@
 """One protocol for all methods: cells are shared, budgets equal, weights restored, runs resumed."""
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from trsp.bench import compare as compare_module
+from trsp.bench import compare_cells as compare_module
 from trsp.bench.cli import app
 from trsp.bench.compare import run_compare
 from trsp.bench.compare_bench import CompareOptions
 from trsp.bench.compare_methods import parse_method
 from trsp.bench.compare_record import CompareRecord, read_compare_record, write_compare_record
-from trsp.bench.compare_show import cost_rows, markdown, quality_rows
+from trsp.bench.compare_show import (
+    cost_rows,
+    markdown,
+    quality_rows,
+    task_columns,
+    task_rows,
+)
 from trsp.bench.compare_summary import summarize
+from trsp.bench.compare_tasks import accuracy
+from trsp.pruner.calibration import build_calibration
+from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint
 from trsp.pruner.errors import UserError
+from trsp.pruner.layer_map import LayerMap
 from trsp.pruner.recipe import Recipe
+from trsp.pruner.run import base_model_of
 
 SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning
 window river asked burned seen gone kept the a of in and nobody everyone never always"""
@@ -282,7 +296,9 @@ def test_the_command_shows_tables_and_leaves_a_record(
     ("words", "problem"),
     [
         (("--method", "slub"), "did you mean sleb"),
-        (("--method", "laco+distil"), "laco stands alone"),
+        (("--method", "laco+transfer"), "already folded into"),
+        (("--method", "replace_me+refit"), "already folded into"),
+        (("--task-limit", "0"), "--task-limit 0"),
         (("--method", "last", "--method", "last"), "twice"),
         (("--ratio", "0.3", "--layers", "2"), "choose one"),
         (("--ratio", "1.5"), "not within"),
@@ -318,6 +334,138 @@ def test_methods_are_listed_without_a_model() -> None:
     assert result.exit_code == 0
     assert "sleb" in result.output
     assert "progressive" in result.output
+
+
+def test_training_behind_a_fold_starts_from_it_and_learns_from_the_dense_model(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to no learning rate it is the fold; its teacher is the model before the fold."""
+    taught: list[torch.Tensor] = []
+    original = compare_module.transfer
+
+    def watched(*arguments: Any, **words: Any) -> Any:
+        taught.append(words["teacher"].logits([0, 1]))
+        return original(*arguments, **words)
+
+    monkeypatch.setattr(compare_module, "transfer", watched)
+    asked = options(
+        pico_llama,
+        texts,
+        tmp_path / "out",
+        methods=methods("replace_me", "last", "replace_me+distil"),
+        num_removed=(2,),
+    )
+    still = asked.recipe.transfer.model_copy(update={"learning_rate": 1e-12, "weight_decay": 0.0})
+    recipe = asked.recipe.model_copy(update={"transfer": still})
+    record = last(run_compare(replace(asked, recipe=recipe)))
+    fold, plain, trained = record.cells
+    assert fold.quality is not None
+    assert plain.quality is not None
+    assert trained.quality is not None
+    for text, quality in fold.quality.items():
+        assert trained.quality[text].loss == pytest.approx(quality.loss, abs=1e-6)
+        assert abs(plain.quality[text].loss - quality.loss) > 1e-4
+    assert trained.training is not None
+    assert trained.selection == fold.selection
+    model = load_model(open_checkpoint(pico_llama), dtype=torch.float32, device="cpu")
+    calibration = build_calibration(
+        recipe.calibration.data,
+        load_tokenizer(open_checkpoint(pico_llama)),
+        num_sequences=8,
+        sequence_length=16,
+        seed=0,
+    )
+    with torch.no_grad():
+        dense = model(input_ids=calibration.input_ids[:2], use_cache=False).logits
+    assert torch.allclose(taught[0], dense, atol=1e-4)
+
+
+def test_a_method_that_the_model_does_not_allow_leaves_the_others(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trsp.bench.baseline_merge.last_projection", lambda *_: None)
+    names = ("replace_me", "replace_me+distil@flops", "last")
+    asked = options(pico_llama, texts, tmp_path / "out", methods=methods(*names), num_removed=(2,))
+    fold, trained, plain = last(run_compare(asked)).cells
+    for cell in (fold, trained):
+        assert cell.quality is None
+        assert cell.removal_order == ()
+        assert cell.note is not None
+        assert "cannot be folded" in " ".join(cell.note.split())
+    assert plain.quality is not None
+
+
+def choice_file(folder: Path) -> Path:
+    path = folder / "words.jsonl"
+    words = SENTENCE.split()
+    lines = [
+        {"context": f"the {a} {b}", "choices": [c, f"{c} {a}", d], "label": place % 3}
+        for place, (a, b, c, d) in enumerate(
+            zip(words, words[3:], words[5:], words[7:], strict=False)
+        )
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_are_scored_as_the_finished_checkpoint_would_score(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'trsp[eval]'")
+    from trsp.bench.zero_shot import zero_shot
+    from trsp.pruner.api import compact
+
+    task = choice_file(tmp_path)
+    asked = options(
+        pico_llama,
+        texts,
+        tmp_path / "out",
+        methods=methods("last", "replace_me", "last+distil"),
+        num_removed=(2,),
+        tasks=(str(task),),
+        task_limit=12,
+    )
+    record = last(run_compare(asked))
+    cell, *others = record.cells
+    layer_map = LayerMap.from_removal_order(
+        base_model_of(open_checkpoint(pico_llama)), cell.removal_order, method={"name": "last"}
+    )
+    compact(pico_llama, layer_map, tmp_path / "pruned")
+    checkpoint = open_checkpoint(tmp_path / "pruned")
+    alone = zero_shot(
+        load_model(checkpoint, dtype=torch.float32, device="cpu"),
+        load_tokenizer(checkpoint),
+        [],
+        task_files=[task],
+        limit=12,
+        batch_size=asked.batch_size,
+    )
+    assert cell.tasks == alone
+    assert alone["words.jsonl"].num_samples == 12
+    assert all(set(other.tasks) == {"words.jsonl"} for other in others)
+    assert record.dense.tasks["words.jsonl"] != alone["words.jsonl"]
+    assert task_columns(record) == ("words.jsonl, acc_norm", "mean")
+    dense, row, *_ = task_rows(record, 2)
+    assert dense[0] == "dense"
+    assert row[1].startswith(f"{accuracy(alone['words.jsonl']).value:.1%} ± ")
+    assert row[2] == row[1].partition(" ")[0]
+    again = read_compare_record(write_and_name(tmp_path, record))
+    assert again.cells == record.cells
+
+
+def write_and_name(folder: Path, record: CompareRecord) -> Path:
+    write_compare_record(folder / "again.json", record)
+    return folder / "again.json"
+
+
+def test_a_task_with_written_answers_is_refused(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'trsp[eval]'")
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"prompt": "old green", "answer": "small"}) + "\n")
+    with pytest.raises(UserError, match="scores choices"):
+        last(run_compare(options(pico_llama, texts, tmp_path / "out", tasks=(str(path),))))
 
 
 def test_held_out_text_that_was_trained_on_is_refused(

@@ -3,6 +3,7 @@
 import pytest
 
 from trsp.bench.compare_methods import (
+    ALL_METHODS,
     DEFAULT_METHODS,
     RECOVERIES,
     REFERENCE,
@@ -15,11 +16,13 @@ from trsp.pruner.recipe import PRESETS, Recipe, build_recipe
 
 
 def test_a_name_is_read_as_it_is_written() -> None:
-    for name in (*DEFAULT_METHODS, "sleb+half_labels", "last+distil@flops"):
+    for name in (*ALL_METHODS, "sleb+half_labels", "last+distil@flops"):
         assert parse_method(name).name == name
     assert parse_method("sleb+finetune@flops") == Method("sleb", "finetune", "flops")
     assert REFERENCE in DEFAULT_METHODS
     assert len(set(DEFAULT_METHODS)) == len(DEFAULT_METHODS)
+    assert set(DEFAULT_METHODS) < set(ALL_METHODS)
+    assert len(set(ALL_METHODS)) == len(ALL_METHODS)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,7 @@ def test_a_name_is_read_as_it_is_written() -> None:
         ("sleb+", "recovery '' is unknown"),
         ("sleb@flops", "SELECTION"),
         ("sleb+finetune@seconds", "SELECTION"),
+        ("laco+transfer", "already folded"),
         ("trsp+transfer@flops", "what the budget is taken from"),
         ("", "selection '' is unknown"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from trsp.bench import compare as compare_module
+from trsp.bench import compare_cells as compare_module
 from trsp.bench import reproduce, train_base
 from trsp.bench.compare_methods import DEFAULT_METHODS, parse_method
 from trsp.bench.compare_record import read_compare_record
