@@ -25,12 +25,18 @@ from trsp.bench.compare_record import (
 )
 from trsp.bench.domain_quality import Quality
 from trsp.bench.report import markdown_of, write_report
-from trsp.bench.report_compare import compare_chapter, cost_table, quality_table
+from trsp.bench.report_compare import (
+    compare_chapter,
+    cost_table,
+    quality_table,
+    task_tables,
+)
 from trsp.bench.report_compare_findings import Comparison, best_sentence, losing_table, stops
 from trsp.bench.report_compare_plots import choose_methods, draw_comparison
 from trsp.bench.report_inputs import read_inputs
 from trsp.bench.report_style import to_svg
 from trsp.bench.report_table import Table
+from trsp.bench.zero_shot_record import Metric, TaskResult
 from trsp.pruner.errors import UserError
 
 pytestmark = pytest.mark.skipif(
@@ -519,3 +525,44 @@ def test_an_unknown_file_has_the_error_it_always_had(tmp_path: Path) -> None:
     inputs = read_inputs([tmp_path])
     assert [given.path.name for given in inputs.compares] == ["compare.json"]
     assert inputs.ignored == ("x.json: kind is 'trsp compared', not 'serve'",)
+
+
+def test_zero_shot_accuracies_are_shown_where_there_are_any() -> None:
+    def result(value: float) -> TaskResult:
+        metric = {"filter": "none", "stderr": 0.021, "higher_is_better": True, "hits": None}
+        return TaskResult(
+            task="piqa",
+            version="1",
+            lm_eval="0.4",
+            seed=0,
+            num_samples=500,
+            num_documents=500,
+            num_truncated=0,
+            documents_sha256="0" * 64,
+            file=None,
+            file_sha256=None,
+            metrics=[
+                Metric(name="acc", value=value - 0.1, **metric),
+                Metric(name="acc_norm", value=value, **metric),
+            ],
+        )
+
+    record = build()
+    assert task_tables(Comparison(record, "x"), 4) == ()
+    dense = record.dense.model_copy(update={"tasks": {"piqa": result(0.75)}})
+    cells = tuple(
+        cell.model_copy(
+            update={
+                "tasks": {} if cell.method == "trsp" else {"piqa": result(0.6 + 0.03 * cell.seed)}
+            }
+        )
+        for cell in record.cells
+    )
+    with_tasks = record.model_copy(update={"dense": dense, "cells": cells})
+    (table,) = task_tables(Comparison(with_tasks, "x"), 4)
+    rows = rows_of(table)
+    assert [column.title for column in table.columns][1:] == ["piqa, acc_norm", "mean"]
+    assert rows["dense"][1:] == ("75.0% ± 2.1", "75.0%")
+    # The mean of three seeds; the items are the same, so their error does not shrink.
+    assert rows["SLEB"][1:] == ("63.0% ± 2.1", "63.0%")
+    assert rows["TRSP selection"][1:] == ("-", "-")
