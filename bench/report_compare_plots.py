@@ -144,13 +144,13 @@ def _draw_depth(record: CompareRecord, rows: Sequence[Row], drawn: Sequence[Draw
     # Points of one depth stand side by side, or intervals would hide each other.
     apart = 0.05 * min(b - a for a, b in itertools.pairwise(depths))
     for axes, text in zip(panels, record.protocols, strict=True):
-        seen: list[TextSummary] = []
+        seen: dict[str, list[TextSummary]] = {}
         for place, one in enumerate(drawn):
             shift = apart * (place - (len(drawn) - 1) / 2)
             points = _points(rows, one.method, text)
-            seen += [of for _, of in points]
+            seen[one.method] = [of for _, of in points]
             _line(axes, one, [row.num_removed + shift for row, _ in points], points)
-        _fit_quality(axes, seen)
+        _fit_quality(axes, _without_far_chance(seen))
         axes.set_title(name_in_figure(text, longest=40))
         axes.set_xlabel(f"layers gone, of {record.dense.num_hidden_layers}")
         axes.set_xticks(depths)
@@ -160,8 +160,8 @@ def _draw_depth(record: CompareRecord, rows: Sequence[Row], drawn: Sequence[Draw
         "depth",
         "Quality against depth",
         "Lower is better; the line at 1 is the dense model. Dashed lines are methods without "
-        f"training. Points of one depth stand side by side to be seen. {_bars(record)} "
-        f"{_chosen(rows, drawn)}",
+        "training. Points of one depth stand side by side to be seen; where chance leaves the "
+        f"frame, the table has it. {_bars(record)} {_chosen(rows, drawn)}",
         figure,
     )
 
@@ -217,6 +217,14 @@ def _draw_compute(
         f"methods without training. {_bars(record)} {_chosen(rows, drawn)}",
         figure,
     )
+
+
+def _without_far_chance(seen: dict[str, list[TextSummary]]) -> list[TextSummary]:
+    """What the frame is for: all drawn, but for chance where it would flatten the rest."""
+    others = [of for method, found in seen.items() if method != "random" for of in found]
+    top = 1 + _FRAME * max([0.0, *(of.to_dense.estimate - 1 for of in others)])
+    near = [of for of in seen.get("random", ()) if of.to_dense.estimate <= top or not others]
+    return [*others, *near]
 
 
 def _points(rows: Sequence[Row], method: str, text: str) -> list[tuple[Row, TextSummary]]:
