@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trsp.bench.baseline_orders import NotApplicableError, block_cosines, check_number
-from trsp.pruner.activations import last_projection, residual_stream, watching
+from trsp.pruner.activations import last_projection, matrix_of, residual_stream, watching
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import require_finite
 from trsp.pruner.progress import Progress, silent
@@ -120,7 +120,7 @@ def replace_me(
         The layers that go, the deepest first.
     Raises:
         UserError: num_to_remove is not in 1..L-1, or the MLP before the block has no last
-            projection: no nn.Linear makes the very output that enters the residual stream, as
+            projection: no linear layer makes the very output that enters the residual stream, as
             when a norm or a gate stands behind it. Dropout is the identity here and may stand
             there. RunError: a cosine or the map is not finite.
     """
@@ -136,8 +136,9 @@ def replace_me(
             f"layer {before} has no MLP that ends in one linear projection: a linear map cannot "
             "be folded into it"
         )
-    size = projection.out_features
-    gram = torch.zeros(size, size, dtype=torch.float64, device=projection.weight.device)
+    matrix = matrix_of(projection)
+    size = len(matrix)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     moments = torch.zeros_like(gram)
     for start in range(0, len(input_ids), batch_size):
         with watching([projection]) as seen:
@@ -154,7 +155,7 @@ def replace_me(
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
     transform = torch.linalg.solve(gram + ridge * eye, moments)
     require_finite(float(transform.abs().sum()), f"the linear map for layer {first} on", 0, [])
-    projection.weight.copy_(transform.T @ projection.weight.double())
+    matrix.copy_(transform.T @ matrix.double())
     if projection.bias is not None:
         projection.bias.copy_(transform.T @ projection.bias.double())
     return tuple(range(last, first - 1, -1))

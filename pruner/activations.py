@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trsp.pruner.families import first_tensor
 from trsp.pruner.gated_model import GatedModel
+
+# What may end an MLP: y = x @ W.T + b, or, in GPT-2's, y = x @ W + b.
+Projection = nn.Linear | Conv1D
 
 
 @torch.no_grad()
@@ -66,8 +70,14 @@ def watching(modules: list[nn.Module]) -> Iterator[Watched]:
             handle.remove()
 
 
-def last_projection(gated: GatedModel, index: int, batch: Tensor) -> nn.Linear | None:
-    """The nn.Linear whose output is what layer `index`'s MLP branch adds to the residual stream.
+def matrix_of(projection: Projection) -> Tensor:
+    """The weight as [out, in], a view to read and to write; Conv1D keeps it as [in, out]."""
+    weight: Tensor = projection.weight
+    return weight.T if isinstance(projection, Conv1D) else weight
+
+
+def last_projection(gated: GatedModel, index: int, batch: Tensor) -> Projection | None:
+    """The linear layer whose output is what layer `index`'s MLP branch adds to the residual stream.
 
     Found by running the dense model on `batch` [B, T]. None where no linear layer makes the very
     output that enters the stream, as when a norm, a gate or experts stand between. Dropout is the
@@ -77,7 +87,7 @@ def last_projection(gated: GatedModel, index: int, batch: Tensor) -> nn.Linear |
     if branches is None:
         return None
     branch = gated.layers[index].get_submodule(branches.mlp)
-    linears = [module for module in branch.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in branch.modules() if isinstance(module, Projection)]
     with watching([branch, *linears]) as seen:
         residual_stream(gated, batch)
     whole = seen.outputs[branch]

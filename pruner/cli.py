@@ -13,8 +13,8 @@ import typer
 
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
 from trsp.pruner.errors import UserError
-from trsp.pruner.layer_lists import parse_layer_list, to_llama_cpp, to_mergekit_slices
-from trsp.pruner.layer_map import read_layer_map
+from trsp.pruner.interop_cli import Overwrite, Prefix, adapter, export_map
+from trsp.pruner.layer_lists import parse_layer_list
 
 app = typer.Typer(
     cls=ErrorsAsExitCodes,
@@ -42,11 +42,9 @@ Seed = Annotated[int | None, typer.Option(help="of sampling and training; 0")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda")]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="section.name=value; repeatable")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow the model's own code")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 Vllm = Annotated[str, typer.Option(help="auto, off or required")]
-Prefix = Annotated[int | None, typer.Option(help="only the map's first N removals")]
 
 
 def _command_line() -> str:
@@ -332,21 +330,5 @@ def evaluate(
     _show(document, as_json, lines)
 
 
-@app.command("map")
-def export_map(
-    layer_map: Annotated[Path, typer.Argument(metavar="MAP", help="layer map")],
-    form: Annotated[str, typer.Option("--format", help="json, mergekit or llama-cpp")] = "json",
-    prefix: Prefix = None,
-) -> None:
-    """Print a layer map, or its first N removals, for this or another tool."""
-    chosen = read_layer_map(layer_map)
-    if prefix is not None:
-        chosen = chosen.prefix(prefix)
-    writers = {
-        "json": lambda: chosen.to_json(),
-        "mergekit": lambda: to_mergekit_slices(chosen),
-        "llama-cpp": lambda: to_llama_cpp(chosen),
-    }
-    if form not in writers:
-        raise UserError(f"--format {form!r} is unknown; choose from {', '.join(writers)}")
-    typer.echo(writers[form]().rstrip("\n"))
+app.command("map")(export_map)
+app.command()(adapter)

