@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from trsp.pruner.auto_plan import lambda1_values, plan_search, section_of
+from trsp.pruner.auto_plan import lambda1_values, plan_search, rate_factors, section_of
 from trsp.pruner.auto_record import (
     AutoRecord,
     Decision,
@@ -270,7 +270,7 @@ class _Search:
         """Other rates at the same depth; one wins by more than the standard error or not at all."""
         assert default.loss is not None, "the default rate's transfer finished or the run failed"
         best, best_loss, told = default, default.loss, [f"x1 {default.loss.mean:.4f}"]
-        for factor in self.auto.learning_rate_factors:
+        for factor in rate_factors(self.asked):
             trial = self.trials.make(default.layers, factor, best=best)
             if trial is None:
                 break

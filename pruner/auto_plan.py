@@ -17,10 +17,10 @@ def plan_search(recipe: Recipe, num_hidden_layers: int) -> SearchPlan:
     halves = 2 * len(lambda1_values(recipe, num_hidden_layers))
     transfers = 0
     if transfer.enabled:
-        transfers = 1 + len(auto.learning_rate_factors)
+        transfers = 1 + len(rate_factors(recipe))
         if auto.max_increase is not None:
             bisection = math.ceil(math.log2(deepest + 1))
-            transfers = bisection + len(auto.learning_rate_factors) + deepest - 1
+            transfers = bisection + len(rate_factors(recipe)) + deepest - 1
         transfers = min(auto.max_transfers, transfers)
     per_transfer = transfer.steps * transfer.batch_size
     steps = selection.first_round_steps + (rounds - 1) * selection.round_steps if rounds else 0
@@ -40,6 +40,11 @@ def section_of(recipe: Recipe) -> AutoRecipe:
     """The recipe's settings of its search."""
     assert recipe.auto is not None, "a search is run only where the recipe has its section"
     return recipe.auto
+
+
+def rate_factors(recipe: Recipe) -> tuple[float, ...]:
+    """Learning rates to try beside the recipe's own: none where nothing is trained."""
+    return section_of(recipe).learning_rate_factors if recipe.transfer.steps else ()
 
 
 def lambda1_values(recipe: Recipe, num_hidden_layers: int) -> tuple[float, ...]:

@@ -74,9 +74,11 @@ def prune(
         _require_text(recipe, given)
         if recipe.auto is not None:
             count_held_out(recipe.calibration.num_sequences, recipe.auto.held_out)
+        # Before the text: with `--data self` the model writes it, which takes a while.
+        run.folder.require_free(resume=resume, overwrite=overwrite)
+        run.require_disk(trained=bool(recipe.calibration.data) and recipe.transfer.enabled)
         calibration = run.calibration(resume=resume)
         run.check_evaluation_text(calibration)
-        run.require_disk(trained=calibration is not None and recipe.transfer.enabled)
         run.folder.begin(_identity(run, given, calibration), resume=resume, overwrite=overwrite)
         run.keep_calibration(calibration)
         try:
@@ -173,6 +175,7 @@ def plan(
         )
         _keep_inputs_safe(run, out, None)
         run.check_target()
+        run.folder.require_free(resume=resume, overwrite=overwrite)
         calibration = run.calibration(resume=resume)
         if calibration is None:
             raise UserError("stage 1 learns from text: give it with --data")

@@ -58,7 +58,7 @@ from trsp.pruner.text_checks import (
 from trsp.pruner.text_files import find_files, read_texts
 from trsp.pruner.token_ids import starts_with_bos
 from trsp.pruner.transfer import NUM_MEASURED_SEQUENCES, TransferState, transfer
-from trsp.pruner.windows import default_window, require_a_window, token_stream
+from trsp.pruner.windows import check_settings, default_window, require_a_window, token_stream
 
 
 @dataclass
@@ -91,7 +91,9 @@ class Run:
                     f"out of memory in {name}: go on with --resume --set "
                     "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true; "
                     "where 16 bytes a parameter do not fit, start anew with --set "
-                    "transfer.lora.rank=16 (in selection: a smaller selection.batch_size)"
+                    "transfer.lora.rank=16; where the refit's sums do not (8 bytes times the MLP's "
+                    "width squared for each run of layers), with --set transfer.closing=at_once "
+                    "(in selection: a smaller selection.batch_size)"
                 ) from error
         self.costs[name] = cost.to_document()
 
@@ -191,8 +193,11 @@ class Run:
                 text_field=text_field,
                 progress=self.progress,
             ).ids
-            window = recipe.window or default_window(stated_context(self.checkpoint))
-            require_a_window(len(held_out), window - starts_with_bos(tokenizer))
+            context = stated_context(self.checkpoint)
+            window = recipe.window or default_window(context)
+            held = window - starts_with_bos(tokenizer)
+            check_settings(window, recipe.stride or held, held, 1, recipe.max_tokens, context)
+            require_a_window(len(held_out), held)
             # What the model wrote was trained on by nobody's mistake: a warning, no refusal.
             allowed = recipe.allow_overlap or self.writes_text
             check = overlap if allowed else require_no_overlap

@@ -90,31 +90,42 @@ class RunFolder:
         Settings of stage 2 may differ while stage 2 has saved nothing.
 
         Raises:
-            UserError: a run is there and neither `resume` nor `overwrite` is given; it is another
-                run than the one to be resumed, with what differs; or `overwrite` would delete
-                something that is no run of ours.
+            UserError: see require_free; or it is another run than the one to be resumed, with what
+                differs.
         """
+        self.require_free(resume=resume, overwrite=overwrite)
         if resume:
             self._check_identity(identity)
             self._sweep()
+        elif self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_record("run", identity)
+
+    def require_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that a run may begin here, or go on.
+
+        Raises:
+            UserError: a run is there and neither `resume` nor `overwrite` is given; none is there
+                to be resumed; or `overwrite` would delete something that is no run of ours.
+        """
+        is_run = (self.path / "run.json").is_file()
+        if resume:
+            if not is_run:
+                raise UserError(f"{self.path} holds no unfinished run; start without --resume")
         elif self.path.exists() or self.path.is_symlink():
             if not overwrite:
                 raise UserError(
                     f"{self.path} holds an earlier run; continue it with --resume, or start anew "
                     "with --overwrite"
                 )
-            if self.path.is_symlink() or not (self.path / "run.json").is_file():
+            if self.path.is_symlink() or not is_run:
                 raise UserError(
                     f"{self.path} is in the way and is no run of trsp: move it, or choose another "
                     "--out"
                 )
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write_record("run", identity)
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
-        if not (self.path / "run.json").is_file():
-            raise UserError(f"{self.path} holds no unfinished run; start without --resume")
         before = self._read("run.json")
         for key, value in identity.items():
             traces = (self._transfer_state, self.transferred, self._searches)

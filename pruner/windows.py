@@ -127,7 +127,7 @@ def cut_windows(
     add_bos = starts_with_bos(tokenizer) if add_bos is None else add_bos
     held = window - add_bos
     stride = held if stride is None else stride
-    _check_settings(window, stride, held, batch_size, max_tokens, context)
+    check_settings(window, stride, held, batch_size, max_tokens, context)
     if add_bos and tokenizer.bos_token_id is None:
         raise UserError("add_bos is asked for, but the tokenizer has no bos token")
     if not paths:
@@ -242,7 +242,7 @@ def _batches(
         yield windows, labels
 
 
-def _check_settings(
+def check_settings(
     window: int,
     stride: int,
     held: int,

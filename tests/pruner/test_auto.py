@@ -172,6 +172,15 @@ def test_the_plan_is_what_runs(
     assert plan.proportion == pytest.approx((6 * 16 + stages + 3 * 8) / (stages + 8))
 
 
+def test_without_steps_no_rate_is_tried() -> None:
+    recipe = api.recipe_from(data=["text"], settings=["transfer.steps=0"], auto=True, layers=2)
+    assert plan_search(recipe, 6).transfers == 1
+    made = MadeTrials({1.0: (4.0, 5.0, 6.0, 7.0)})
+    search: Any = object.__new__(auto._Search)
+    search.asked, search.trials, search.decisions = recipe, made, []
+    assert search._by_learning_rate(made.make(2)).factor == 1.0
+
+
 @pytest.mark.parametrize("max_transfers", [1, 2])
 def test_the_search_stops_at_its_budget_and_says_so(
     planted: Path,
@@ -324,9 +333,8 @@ def test_a_rate_wins_by_more_than_the_standard_error(
 ) -> None:
     made = MadeTrials({1.0: (4.0, 5.0, 6.0, 7.0), 3.0: tripled, 0.3: third})
     search: Any = object.__new__(auto._Search)
-    search.auto, search.trials, search.decisions = (
-        AutoRecipe(learning_rate_factors=(3.0, 0.3)), made, []
-    )  # fmt: skip
+    search.asked = Recipe(auto=AutoRecipe(learning_rate_factors=(3.0, 0.3)))
+    search.trials, search.decisions = made, []
     best = search._by_learning_rate(made.make(2))
     assert best.factor == winner
     assert sorted([*made.dropped, winner]) == [0.3, 1.0, 3.0], "all others are dropped"

@@ -453,3 +453,29 @@ def test_held_out_text_shorter_than_a_window_is_found_before_training(
             progress=lambda task, done, total: seen.append(task),
         )  # fmt: skip
     assert not any("loss without" in task for task in seen)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("evaluation.window=129", "longer than the model's context, 128"),
+        ("evaluation.stride=65", "stride 65 is not within 1 to 64"),
+    ],
+)
+def test_windows_that_cannot_be_are_found_before_training(
+    pico_llama: Path,
+    tmp_path: Path,
+    words: dict[str, Any],
+    held_out_file: Path,
+    setting: str,
+    said: str,
+) -> None:
+    seen: list[str] = []
+    words = {**words, "eval_data": [held_out_file]}
+    words["settings"] = (*words["settings"], setting)
+    with pytest.raises(UserError, match=said):
+        api.prune(
+            pico_llama, tmp_path / "out", **words,
+            progress=lambda task, done, total: seen.append(task),
+        )  # fmt: skip
+    assert not any("loss without" in task for task in seen)

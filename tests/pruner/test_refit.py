@@ -12,7 +12,7 @@ from trsp.pruner.activations import residual_stream, watching
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.recipe import TransferRecipe
 from trsp.pruner.refit import refit, runs_of
-from trsp.pruner.transfer import TransferState, transfer
+from trsp.pruner.transfer import TransferState, closing_gates, transfer
 
 DROPPED = (4, 2, 3)
 
@@ -191,6 +191,15 @@ def test_a_resumed_transfer_ends_where_an_unbroken_one_does(
 def test_no_steps_need_a_refit() -> None:
     with pytest.raises(ValueError, match="no steps with closing 'linear' do nothing"):
         TransferRecipe(steps=0, closing="linear")
+
+
+@pytest.mark.parametrize("closing", ["linear", "progressive"])
+def test_gates_need_two_steps_to_close(closing: str) -> None:
+    with pytest.raises(ValueError, match="leaves the layers open"):
+        TransferRecipe.model_validate({"steps": 1, "closing": closing})
+    assert closing_gates(
+        TransferRecipe.model_validate({"steps": 2, "closing": closing}), 1, (3, 1)
+    ) == {3: 0.0, 1: 0.0}
 
 
 def test_the_ridge_may_not_be_negative() -> None:

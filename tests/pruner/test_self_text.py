@@ -342,6 +342,18 @@ def test_a_run_without_any_text_resumes_on_the_text_it_wrote(
     assert weights(parts) == weights(whole)
 
 
+def test_a_folder_in_use_is_found_before_the_model_writes(
+    pico_llama: Path, tmp_path: Path, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "sample_self_text", no_more_sampling)
+    (tmp_path / "out.run").mkdir()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        api.prune(pico_llama, tmp_path / "out", **words)
+    (tmp_path / "plan.json.run").mkdir()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        api.plan(pico_llama, tmp_path / "plan.json", data=["self"], layers=2)
+
+
 def test_the_other_commands_take_the_word(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
