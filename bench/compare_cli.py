@@ -10,6 +10,19 @@ from trsp.pruner.errors import UserError
 RECORD_NAME = "compare.json"
 
 
+def _list_methods(asked: bool) -> None:
+    """`--list` needs no model and no folder."""
+    if not asked:
+        return
+    from trsp.bench.compare_methods import ALL_METHODS, DEFAULT_METHODS, RECOVERIES, SELECTIONS
+
+    typer.echo(f"selections  {', '.join(SELECTIONS)}")
+    typer.echo(f"recoveries  {', '.join(RECOVERIES)}")
+    typer.echo(f"by default  {', '.join(DEFAULT_METHODS)}")
+    typer.echo(f"all         {', '.join(ALL_METHODS)}")
+    raise typer.Exit
+
+
 def compare(
     model: Annotated[Path, typer.Argument(help="checkpoint folder", show_default=False)],
     out: Annotated[Path, typer.Option(help="folder for the record and what is done")],
@@ -48,7 +61,13 @@ def compare(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep what --out holds")] = False,
     list_methods: Annotated[
-        bool, typer.Option("--list", help="name selections and recoveries, do nothing")
+        bool,
+        typer.Option(
+            "--list",
+            is_eager=True,
+            callback=_list_methods,
+            help="name selections and recoveries, do nothing",
+        ),
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the checkpoint's own code")
@@ -56,20 +75,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
 ) -> None:
     """TRSP beside every baseline on your model and text: one protocol, one table."""
-    from trsp.bench.compare_methods import (
-        ALL_METHODS,
-        DEFAULT_METHODS,
-        RECOVERIES,
-        SELECTIONS,
-        parse_method,
-    )
+    from trsp.bench.compare_methods import ALL_METHODS, DEFAULT_METHODS, parse_method
 
-    if list_methods:
-        typer.echo(f"selections  {', '.join(SELECTIONS)}")
-        typer.echo(f"recoveries  {', '.join(RECOVERIES)}")
-        typer.echo(f"by default  {', '.join(DEFAULT_METHODS)}")
-        typer.echo(f"all         {', '.join(ALL_METHODS)}")
-        return
     names = ALL_METHODS if method == ["all"] else method or DEFAULT_METHODS
     methods = tuple(parse_method(text) for text in names)
     if len(set(methods)) != len(methods):

@@ -109,8 +109,8 @@ class TransferRecipe(_Section):
             )
         if self.steps == 1 and self.closing in ("linear", "progressive"):
             raise ValueError(
-                f"one step with closing {self.closing!r} leaves the layers open: gates are 1 in the "
-                "first step; give at least 2 steps, or closing 'refit'"
+                f"one step with closing {self.closing!r} leaves the layers open: gates are 1 in "
+                "the first step; give at least 2 steps, or closing 'refit'"
             )
         if self.fuse_norms == "on" and self.checkpoint_activations:
             raise ValueError("fuse_norms 'on' excludes checkpoint_activations: choose 'auto'")

@@ -65,12 +65,12 @@ def test_annealing_makes_deletion_lossless(model: PreTrainedModel, tokens: Tenso
 
 
 def test_the_gate_falls_to_exactly_zero() -> None:
-    for steps in (1, 2, 5, 64, 100):
+    for steps in (2, 5, 64, 100):
         for fraction in (0.01, 0.3, 0.5, 1.0):
             recipe = TransferRecipe(steps=steps, closing="linear", closing_fraction=fraction)
             gates = [closing_gates(recipe, step, (3,))[3] for step in range(steps)]
             assert gates == sorted(gates, reverse=True)
-            assert gates[-1] == 0.0 or steps == 1
+            assert gates[-1] == 0.0
             assert gates[0] == 1.0
 
 
