@@ -1,0 +1,81 @@
+"""A pico model of each family on disk, as its users have it: sharded or not, with a tokenizer.
+
+Random weights, large enough that every layer changes the logits.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from trsp.bench.pico_families import MULTIMODAL, PICO_CONFIGS, VOCAB_SIZE
+
+_WEIGHT_SCALE = 0.15
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+# Ids from here on stand for images in the multimodal configurations.
+_NUM_WORDS = 280
+
+
+def make_pico_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+    """The pico model of a family with random weights, in fp32 and eval mode.
+
+    Args:
+        name: a key of PICO_CONFIGS.
+    """
+    config = PICO_CONFIGS[name]()
+    kind = (
+        transformers.AutoModelForImageTextToText
+        if name in MULTIMODAL
+        else transformers.AutoModelForCausalLM
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = kind.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # A norm's weight stays near what it was: 1, or 0 where 1 is added.
+                center = parameter.mean() if parameter.ndim == 1 else 0.0
+                parameter.copy_(torch.randn_like(parameter) * _WEIGHT_SCALE + center)
+    return model
+
+
+def write_pico_checkpoint(
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "50GB",
+    seed: int = 0,
+) -> None:
+    """Write a family's pico model and a word tokenizer to `folder`, as transformers saves them."""
+    model = make_pico_model(name, seed=seed).to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    pico_tokenizer().save_pretrained(folder)
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, w4 to w279; ids 0, 1 and 2 are pad, begin and end of text."""
+    assert _NUM_WORDS < VOCAB_SIZE
+    words = {word: number for number, word in enumerate(_SPECIAL)}
+    words |= {f"w{number}": number for number in range(len(_SPECIAL), _NUM_WORDS)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+def pico_text(num_words: int, *, seed: int = 0) -> str:
+    """Text in that tokenizer's words, the next one depending on the last."""
+    generator, word, words = random.Random(seed), len(_SPECIAL), []
+    for _ in range(num_words):
+        step = generator.choice((1, 1, 1, 7, 40))
+        word = len(_SPECIAL) + (word + step) % (_NUM_WORDS - len(_SPECIAL))
+        words.append(f"w{word}")
+    return " ".join(words)
