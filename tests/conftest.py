@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Workers of pytest-xdist share the cores: with a pool of threads each they would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # Triton chooses between compiler and interpreter when it is imported, for the whole process, and
 # other libraries import it too: here, before any test module. The variable is set for that moment
 # only, so child processes do not see it.
