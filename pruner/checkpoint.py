@@ -185,7 +185,6 @@ def load_model(
             transformers cannot load the checkpoint; device or dtype does not exist.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         target = torch.device(device)
@@ -200,7 +199,7 @@ def load_model(
         dtype = named
     with _without_bars():
         model, report = _from_pretrained(
-            AutoModelForCausalLM.from_pretrained,
+            _model_class(checkpoint).from_pretrained,
             checkpoint,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
@@ -219,6 +218,22 @@ def load_model(
             )
     loaded: PreTrainedModel = model.to(target).eval()
     return loaded
+
+
+def _model_class(checkpoint: Checkpoint) -> Any:
+    """The auto class for the whole checkpoint: with its image tower, where it has one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    model_type = checkpoint.config.get("model_type")
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    is_whole = with_images in (checkpoint.config.get("architectures") or ())
+    if with_images and (is_whole or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_tokenizer(

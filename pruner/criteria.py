@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trsp.pruner.families import decoder_layers
+from trsp.pruner.families import decoder_layers, first_tensor
 from trsp.pruner.progress import Progress, silent
 
 
@@ -30,8 +30,9 @@ def block_influence(
     for index, layer in enumerate(layers):
 
         def accumulate(
-            _module: object, args: tuple[Tensor, ...], y: Tensor, i: int = index
+            _module: object, args: tuple[Tensor, ...], output: object, i: int = index
         ) -> None:
+            y: Tensor = first_tensor(output)
             cosine = F.cosine_similarity(args[0].float(), y.float(), dim=-1)
             totals[i] += float((1 - cosine).double().sum())
 

@@ -4,6 +4,7 @@ Found from structure and checked on a probe, not looked up by family name: a lay
 the two children whose outputs `a` and `m` satisfy `y == (x + a) + m` bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -43,6 +44,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         and name.rpartition(".")[2] in ("layers", "h", "blocks")
         and len(module) == expected
     ]
+    if len(found) > 1:
+        # A vision or audio tower may be as deep as the language model.
+        language = set(model.get_decoder().modules())
+        found = [(name, module) for name, module in found if module in language]
     if len(found) != 1:
         names = [name for name, _ in found]
         raise UserError(
@@ -58,27 +63,76 @@ def first_tensor(output: Any) -> Any:
 
 
 @torch.no_grad()
-def run_probe(model: PreTrainedModel, hooks: list[RemovableHandle]) -> None:
-    """One forward pass in eval mode on at most eight tokens; removes the hooks that watch it."""
+def run_probe(model: PreTrainedModel, hooks: list[RemovableHandle]) -> Tensor:
+    """Logits of at most eight tokens in eval mode; removes the hooks that watch the pass."""
     config = text_config(model)
     length = min(8, getattr(config, "max_position_embeddings", 8))
     tokens = torch.arange(length, device=model.device).remainder(config.vocab_size).unsqueeze(0)
     was_training = model.training
     try:
         model.eval()
-        model(input_ids=tokens, use_cache=False)
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    return logits
+
+
+def count_side_results(model: PreTrainedModel) -> tuple[int, ...]:
+    """How many results each decoder layer returns behind its hidden states; 0: one bare tensor.
+
+    A skipped layer has none to return. That nobody misses them is proven on a probe: with None in
+    their places, the logits are the same bit for bit.
+
+    Raises:
+        UserError: a layer returns no tensor first, or the model reads what comes behind it.
+    """
+    layers = decoder_layers(model)
+    counts = [0] * len(layers)
+
+    def look(index: int) -> Callable[..., None]:
+        def after(module: nn.Module, _args: Any, output: Any) -> None:
+            if not isinstance(first_tensor(output), Tensor):
+                raise UserError(
+                    f"{type(module).__name__} returns {type(output).__name__} and not its hidden "
+                    "states first; this architecture is not supported"
+                )
+            counts[index] = len(output) - 1 if isinstance(output, tuple) else 0
+
+        return after
+
+    def forget(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return with_side_results(first_tensor(output), len(output) - 1)
+
+    logits = run_probe(
+        model, [layer.register_forward_hook(look(n)) for n, layer in enumerate(layers)]
+    )
+    telling = [layer for layer, count in zip(layers, counts, strict=True) if count]
+    if not telling:
+        return tuple(counts)
+    try:
+        forgotten = run_probe(model, [layer.register_forward_hook(forget) for layer in telling])
+    except (TypeError, AttributeError):
+        forgotten = None
+    if forgotten is None or not torch.equal(logits, forgotten):
+        raise UserError(
+            f"the model reads what {type(telling[0]).__name__} returns beside its hidden states: "
+            "a layer with such results cannot be skipped; this architecture is not supported"
+        )
+    return tuple(counts)
+
+
+def with_side_results(hidden_states: Tensor, count: int) -> Any:
+    """What a layer with `count` side results returns, with none of them."""
+    return (hidden_states, *(None,) * count) if count else hidden_states
 
 
 @torch.no_grad()
 def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
     """Each decoder layer's residual branches; None where the layer is not x + a + m.
 
-    Runs one forward pass on at most eight tokens with the model in eval mode. Raises UserError
-    when a layer returns anything but one tensor.
+    Runs one forward pass on at most eight tokens with the model in eval mode.
     """
     layers = decoder_layers(model)
     inputs: dict[int, Tensor] = {}
@@ -90,13 +144,8 @@ def find_branches(model: PreTrainedModel) -> tuple[Branches | None, ...]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs[index] = args[0] if args else kwargs["hidden_states"]
 
-        def after(module: nn.Module, _args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise UserError(
-                    f"{type(module).__name__} returns {type(output).__name__}, not one tensor: "
-                    "a layer with side results cannot be skipped; it is not supported yet"
-                )
-            outputs[index] = output
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs[index] = first_tensor(output)
 
         handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layers[index].register_forward_hook(after))

@@ -24,7 +24,14 @@ from trsp.kernels.arguments import GateKind, Norm
 from trsp.kernels.gated_branch import gated_branch
 from trsp.kernels.gated_branch_rmsnorm import gated_branch_rmsnorm
 from trsp.kernels.gated_difference import gated_difference
-from trsp.pruner.families import Branches, decoder_layers, find_branches, first_tensor
+from trsp.pruner.families import (
+    Branches,
+    count_side_results,
+    decoder_layers,
+    find_branches,
+    first_tensor,
+    with_side_results,
+)
 from trsp.pruner.losses import language_model_loss
 from trsp.pruner.next_norms import NextNorm, find_next_norms
 from trsp.pruner.recipe import FuseNorms
@@ -95,6 +102,7 @@ class GatedModel:
         )
         self.model = model
         self.layers = decoder_layers(model)
+        self._side_results = count_side_results(model)
         self.branches: tuple[Branches | None, ...] = find_branches(model)
         self.next_norms: tuple[NextNorm | None, ...] = (
             find_next_norms(model) if fuses else (None,) * (len(self.layers) + 1)
@@ -194,10 +202,12 @@ class GatedModel:
 
             self._handles.append(layer.get_submodule(name).register_forward_hook(keep))
 
-    def _gated_forward(self, index: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _gated_forward(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        num_side_results = self._side_results[index]
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if index in self.skipped:
-                return hidden_states
+                return with_side_results(hidden_states, num_side_results)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The reentrant kind drops the penalty's gradient without a word.
                 result: LayerResult = checkpoint(
@@ -214,7 +224,7 @@ class GatedModel:
             z, n, r = result
             if n is not None and r is not None:
                 self.differences[index] = LayerDifference(n, r)
-            return z
+            return with_side_results(z, num_side_results)
 
         return forward
 
@@ -239,12 +249,12 @@ class GatedModel:
     def _call_layer(
         self,
         index: int,
-        original: Callable[..., Tensor],
+        original: Callable[..., Any],
         x: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> LayerResult:
-        y: Tensor = original(x, *args, **kwargs)
+        y: Tensor = first_tensor(original(x, *args, **kwargs))
         measured = index in self.measured
         if index not in self.gated and not measured:
             return y, None, None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trsp.kernels.arguments import Convention
 from trsp.kernels.launch import MAX_ROW
 from trsp.kernels.reference import rmsnorm
-from trsp.pruner.families import decoder_layers, run_probe
+from trsp.pruner.families import decoder_layers, first_tensor, run_probe
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def find_next_norms(model: PreTrainedModel) -> tuple[NextNorm | None, ...]:
 
         handles.append(layers[index].register_forward_pre_hook(before, with_kwargs=True))
 
-    def after_last(_: nn.Module, _args: Any, output: Tensor) -> None:
-        boundaries[len(layers)] = output
+    def after_last(_: nn.Module, _args: Any, output: Any) -> None:
+        boundaries[len(layers)] = first_tensor(output)
 
     def after_norm(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
