@@ -2,24 +2,23 @@
 
 Surviving layers keep what they were: a list with one entry for each layer is sliced, never built
 anew. A field that depends on the layers and cannot be carried over is refused by name. So is a
-model type nobody has checked: in some the number or count of layers enters the arithmetic without
-any field that says so (DiffLlama's lambda_init, MiniMax' slopes, MiniCPM's residual scale).
+model type nobody has checked (family_registry.py): in some the number or count of layers enters
+the arithmetic without any field that says so.
 
 L layers, numbered as `source_layer` before and `layer` after.
 """
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from reprlib import repr as brief
 from typing import Any
 
 from trsp.pruner.errors import UserError
+from trsp.pruner.family_registry import Family, Multimodal, registry
 from trsp.pruner.layer_map import ConfigChange
-
-Lists = dict[str, list[Any]]
+from trsp.pruner.layer_rules import integer_field
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # One entry for each layer, where the value is a list.
@@ -63,8 +62,6 @@ _REFUSED: dict[str, tuple[int, ...]] = {
     "no_rope_layer_interval": (1,),
     "num_dense_layers": (0,),
     "num_kv_shared_layers": (0,),
-    "num_mtp_layers": (0,),
-    "num_nextn_predict_layers": (0,),
     "per_layer_config": (),
     "pruned_heads": (),
     "quantization_config": (),
@@ -72,6 +69,8 @@ _REFUSED: dict[str, tuple[int, ...]] = {
     "scale_depth": (),
     "sliding_window_pattern": (1,),
 }
+# Layers for drafting further tokens stand behind the decoder layers and are counted apart.
+_DRAFT_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 # Lists and numbered dicts that are as long as the model is deep by chance only.
 _NOT_PER_LAYER = {
     "architectures", "begin_suppress_tokens", "bos_token_id", "eos_token_id", "id2label",
@@ -84,21 +83,7 @@ _SPEAKS_OF_LAYERS = re.compile(
 )
 # Speaks of layer norm, layer drop and the like: harmless as a single value.
 _HARMLESS = re.compile(r"norm|dropout|layer_?drop|_token_(id|index|ids)$|^block_size$")
-_SPARSE_STEP = ("decoder_sparse_step", "mlp_only_layers")
 _NAMES_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+(\.|$)")
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What the config class of a model type fills in, and from what.
-
-    `implied(config, L)`: the per-layer lists it derives, as transformers 5.19 does. `intervals`:
-    fields read only for that; they are removed where they no longer tell the truth.
-    """
-
-    implied: Callable[[Mapping[str, Any], int], Lists] = lambda config, num_layers: {}
-    intervals: tuple[str, ...] = ()
-    sparse_step: bool = False
 
 
 def rewrite_config(
@@ -113,7 +98,9 @@ def rewrite_config(
     - lists with one entry for each layer: sliced. Where a config class would derive a list from
       an interval or a default, and would derive another one for fewer layers, the list is written;
     - `max_window_layers`, `first_k_dense_replace`: the number of kept layers below it;
-    - `mlp_only_layers` of Qwen MoE: renumbered, layers that `decoder_sparse_step` made dense added.
+    - lists of layer numbers (`mlp_only_layers` of Qwen MoE, `moe_layers` of Llama 4): renumbered,
+      with the layers that an interval put there;
+    - draft layers (`num_nextn_predict_layers`) stay, with their entries behind the layers' own.
 
     Args:
         kept: source layers, ascending.
@@ -126,27 +113,33 @@ def rewrite_config(
     new_config = copy.deepcopy(config)
     if len(kept) == num_layers:
         return new_config, ()
-    model_type, section, prefix = str(config.get("model_type")), config, ""
-    supported, refusals = FAMILIES.keys(), list[str]()
+    section, prefix, refusals = config, "", list[str]()
+    model_type = str(config.get("model_type"))
+    multimodal = None
     if config.get("text_config") is not None:
         section, prefix = config["text_config"], "text_config."
         for name, value in config.items():
             refusals += _dependences(name, value, num_layers)
-        if model_type in MULTIMODAL_MODEL_TYPES:
-            model_type = str(section.get("model_type", MULTIMODAL_MODEL_TYPES[model_type]))
-        else:
-            supported = MULTIMODAL_MODEL_TYPES.keys()
-    family = FAMILIES.get(model_type, _Family())
+        multimodal = registry().multimodal.get(model_type)
+        if multimodal is not None:
+            model_type = str(section.get("model_type") or multimodal.text_model_type)
+    family = registry().families.get(model_type, Family())
+    if family.refused is not None:
+        raise UserError(f"config.json: model_type {model_type} cannot be pruned: {family.refused}")
     new_section = _carry_over(section, kept, num_layers, family, prefix, refusals)
+    if multimodal is not None:
+        refusals += _fed_layers_that_go(config, multimodal, kept)
     if refusals:
         raise UserError(
             f"config.json cannot be carried over to {len(kept)} of {num_layers} layers, it has "
             f"fields that depend on them: {'; '.join(refusals)}"
         )
-    if model_type not in supported:
+    if model_type not in registry().families or (prefix and multimodal is None):
+        unknown = str(config.get("model_type")) if prefix and multimodal is None else model_type
+        known = registry().multimodal if prefix and multimodal is None else registry().supported()
         raise UserError(
-            f"config.json: model_type is {brief(model_type)}, and nobody has checked whether its "
-            f"layers depend on their number; supported: {', '.join(sorted(supported))}"
+            f"config.json: model_type is {brief(unknown)}, and nobody has checked whether its "
+            f"layers depend on their number; supported: {', '.join(sorted(known))}"
         )
     _write_lists(section, new_section, kept, num_layers, family)
     changes = tuple(
@@ -197,20 +190,21 @@ def _carry_over(
     section: Mapping[str, Any],
     kept: Sequence[int],
     num_layers: int,
-    family: _Family,
+    family: Family,
     prefix: str,
     refusals: list[str],
 ) -> dict[str, Any]:
     """Each field for the kept layers; what cannot be is added to `refusals`."""
-    own_fields = {*family.intervals, *(_SPARSE_STEP if family.sparse_step else ())}
+    own_fields = family.own_fields()
+    num_drafts = _num_drafts(section)
     new: dict[str, Any] = {}
     for name, value in section.items():
         new[name] = copy.deepcopy(value)
         if name in _COUNTS and value is not None:
             new[name] = len(kept)
         elif name in _PER_LAYER and isinstance(value, list | tuple) and value:
-            if len(value) == num_layers:
-                new[name] = [new[name][layer] for layer in kept]
+            if len(value) in (num_layers, num_layers + num_drafts):
+                new[name] = [*(new[name][layer] for layer in kept), *new[name][num_layers:]]
             else:
                 refusals.append(f"{prefix}{name} has {len(value)} entries, not {num_layers}")
         elif name in _THRESHOLDS and type(value) is int:
@@ -227,27 +221,91 @@ def _write_lists(
     new: dict[str, Any],
     kept: Sequence[int],
     num_layers: int,
-    family: _Family,
+    family: Family,
 ) -> None:
     """Write each list that the config class would not derive as the layers are."""
-    before = family.implied(section, num_layers)
     wanted = {
-        name: [(section.get(name) or derived)[layer] for layer in kept]
-        for name, derived in before.items()
+        name: [values[layer] for layer in kept]
+        for name, values in _lists(family, section, num_layers).items()
     }
     bare = {name: value for name, value in new.items() if name not in wanted}
-    if family.implied(bare, len(kept)) != wanted:
-        new.update(wanted)
+    if _lists(family, bare, len(kept)) != wanted:
+        new.update(
+            {name: [*values, *new.get(name, ())[len(kept) :]] for name, values in wanted.items()}
+        )
         for name in family.intervals:
             new.pop(name, None)
+    for name, step_field in family.steps.items():
+        _write_indices(name, step_field, section, new, kept, num_layers)
     if family.sparse_step:
-        step = _integer(section, "decoder_sparse_step", 1, at_least=1)
-        listed = section.get("mlp_only_layers") or []
-        if not isinstance(listed, list | tuple):
-            raise UserError(f"config.json: mlp_only_layers is {brief(listed)}, expected a list")
+        step = integer_field(section, "decoder_sparse_step", 1, at_least=1)
+        listed = _index_list(section, "mlp_only_layers") or []
         dense = [layer for layer, old in enumerate(kept) if old in listed or (old + 1) % step]
         if listed or step != 1:
             new.update(mlp_only_layers=dense, decoder_sparse_step=1)
+
+
+def _lists(family: Family, config: Mapping[str, Any], num_layers: int) -> dict[str, list[Any]]:
+    """The per-layer lists that a config class has in the end: named, or else derived."""
+    found: dict[str, list[Any]] = {}
+    for name, rule in family.lists.items():
+        found[name] = config.get(name) or rule({**config, **found}, num_layers)
+    return found
+
+
+def _write_indices(
+    name: str,
+    step_field: str,
+    section: Mapping[str, Any],
+    new: dict[str, Any],
+    kept: Sequence[int],
+    num_layers: int,
+) -> None:
+    """Renumber a list of layers; its step stays or changes where one says the same, or it goes."""
+    step = integer_field(section, step_field, 1, at_least=1)
+    listed = _index_list(section, name)
+    chosen = range(step - 1, num_layers, step) if listed is None else listed
+    wanted = [layer for layer, old in enumerate(kept) if old in chosen]
+    steps = (step, *range(1, len(kept) + 1))
+    fitting = (s for s in steps if list(range(s - 1, len(kept), s)) == wanted)
+    new_step = next(fitting, None)
+    if listed is not None or new_step != step:
+        new[name] = wanted
+    if new_step is None:
+        new.pop(step_field, None)
+    elif new_step != step:
+        new[step_field] = new_step
+
+
+def _index_list(section: Mapping[str, Any], name: str) -> list[int] | None:
+    listed = section.get(name)
+    if listed is not None and not isinstance(listed, list | tuple):
+        raise UserError(f"config.json: {name} is {brief(listed)}, expected a list")
+    return None if listed is None else list(listed)
+
+
+def _num_drafts(section: Mapping[str, Any]) -> int:
+    """How many layers for drafting stand behind the decoder layers."""
+    counts = [section.get(name) for name in _DRAFT_COUNTS]
+    return max((count for count in counts if type(count) is int and count > 0), default=0)
+
+
+def _fed_layers_that_go(
+    config: Mapping[str, Any], multimodal: Multimodal, kept: Sequence[int]
+) -> Iterator[str]:
+    """Layers behind which image features enter, and which are not kept in their places."""
+    if multimodal.feeds_first_layers is None:
+        return
+    value: Any = config
+    for name in multimodal.feeds_first_layers.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if not isinstance(value, list | tuple):
+        yield f"{multimodal.feeds_first_layers} is {brief(value)}, expected a list"
+    elif list(kept[: len(value)]) != list(range(len(value))):
+        yield (
+            f"{multimodal.feeds_first_layers} has {len(value)} entries: image features enter "
+            f"behind layers 0 to {len(value) - 1}, which must stay (selection.protected)"
+        )
 
 
 def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
@@ -257,6 +315,8 @@ def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
     if leaf in _NOT_PER_LAYER or leaf in _SUB_CONFIGS:
         return
     if value is None or value is False or value in ("", [], (), {}):
+        return
+    if leaf in _DRAFT_COUNTS and type(value) is int:
         return
     if isinstance(value, int | float) and not isinstance(value, bool):
         count_of_none = (0,) if leaf.startswith(("num_", "n_")) else ()
@@ -279,84 +339,3 @@ def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
                 yield from _dependences(f"{name}[{n}]", item, num_layers)
             elif _NAMES_A_LAYER.search(item):
                 yield f"{name} names a layer in {brief(item)}"
-
-
-def _integer(config: Mapping[str, Any], name: str, default: int, *, at_least: int) -> int:
-    value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UserError(f"config.json: {name} is {brief(value)}, expected at least {at_least}")
-    return value
-
-
-def _types(sliding: Sequence[bool]) -> Lists:
-    return {"layer_types": ["sliding_attention" if s else "full_attention" for s in sliding]}
-
-
-def _periodic(period: int, field: str | None = None) -> Callable[[Mapping[str, Any], int], Lists]:
-    """Every `period`-th layer attends to everything, the others have a window."""
-
-    def implied(config: Mapping[str, Any], num_layers: int) -> Lists:
-        every = period if field is None else _integer(config, field, period, at_least=1)
-        return _types([(layer + 1) % every != 0 for layer in range(num_layers)])
-
-    return implied
-
-
-def _above_threshold(config: Mapping[str, Any], num_layers: int) -> Lists:
-    """Qwen2, Qwen3: layers from max_window_layers on have a window, if windows are used."""
-    windows = _uses_windows(config) and config.get("sliding_window", 4096) is not None
-    first = _integer(config, "max_window_layers", 28, at_least=0)
-    return _types([windows and layer >= first for layer in range(num_layers)])
-
-
-def _alternate_below_threshold(config: Mapping[str, Any], num_layers: int) -> Lists:
-    """Qwen2 MoE: every other layer below max_window_layers has a window, if windows are used."""
-    windows, layers = _uses_windows(config), range(num_layers)
-    first = _integer(config, "max_window_layers", 28, at_least=0)
-    return _types([windows and layer < first and layer % 2 == 0 for layer in layers])
-
-
-def _rope_and_window(config: Mapping[str, Any], num_layers: int) -> Lists:
-    """SmolLM3: every fourth layer has no rope and, if windows are used, a window."""
-    every = _integer(config, "no_rope_layer_interval", 4, at_least=1)
-    derived = [int((layer + 1) % every != 0) for layer in range(num_layers)]
-    rope = config.get("no_rope_layers") or derived
-    windows = _uses_windows(config) and config.get("sliding_window") is not None
-    return {"no_rope_layers": rope, **_types([windows and not has_rope for has_rope in rope])}
-
-
-def _uses_windows(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("use_sliding_window", False))
-
-
-# Model types whose config class derives nothing from the layers.
-_UNIFORM = (
-    "apertus", "arcee", "bloom", "codegen", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5",
-    "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
-    "granitemoe", "helium", "llama", "ministral", "ministral3", "mistral", "mixtral", "mpt",
-    "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "seed_oss", "stablelm",
-    "starcoder2",
-)  # fmt: skip
-# The model types checked, each in the tests against a model whose dropped layers are skipped.
-FAMILIES: Mapping[str, _Family] = {
-    **dict.fromkeys(_UNIFORM, _Family()),
-    "cohere2": _Family(_periodic(4, "sliding_window_pattern"), ("sliding_window_pattern",)),
-    "gemma2": _Family(_periodic(2)),
-    "gemma3_text": _Family(
-        _periodic(6, "sliding_window_pattern"),
-        ("sliding_window_pattern", "_sliding_window_pattern"),
-    ),
-    "gpt_oss": _Family(_periodic(2)),
-    "olmo3": _Family(_periodic(4)),
-    "qwen2": _Family(_above_threshold),
-    "qwen2_moe": _Family(_alternate_below_threshold, sparse_step=True),
-    "qwen3": _Family(_above_threshold),
-    "qwen3_moe": _Family(sparse_step=True),
-    "smollm3": _Family(_rope_and_window, ("no_rope_layer_interval",)),
-}
-# Their text_config holds the layers; the model type it has when it names none.
-MULTIMODAL_MODEL_TYPES: Mapping[str, str | None] = {
-    "gemma3": "gemma3_text",
-    "llava": None,
-    "mistral3": None,
-}

@@ -38,6 +38,9 @@ from trsp.pruner.vllm_process import generate_greedily
 LOGIT_TOLERANCE = 1e-5
 # With and without a cache the same sums run in other orders; see TIE_TOLERANCE.
 CACHE_TOLERANCE = 1e-4
+# Linear attention computes a prompt in chunks and a token from its state, by other formulas: 1.7e-4
+# on a dense pico Qwen3-Next.
+RECURRENT_CACHE_TOLERANCE = 1e-3
 # In a checkpoint's own 16-bit dtype one rounding of the largest logit is allowed.
 NATIVE_TOLERANCES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -111,9 +114,12 @@ class ModelChecks:
         if same.first_mismatch:
             raise CheckFailed(f"cache on and off: {same.first_mismatch}", measured, TIE_TOLERANCE)
         detail = f"{same.in_words()} with the cache on and off; logits within {found.in_words()}"
-        if not found.relative <= CACHE_TOLERANCE:
-            raise CheckFailed(detail, measured, CACHE_TOLERANCE)
-        return Finding(detail, measured, CACHE_TOLERANCE)
+        kinds = getattr(text_config(self._model), "layer_types", None) or ()
+        recurrent = any(kind == "linear_attention" for kind in kinds)
+        tolerance = RECURRENT_CACHE_TOLERANCE if recurrent else CACHE_TOLERANCE
+        if not found.relative <= tolerance:
+            raise CheckFailed(detail, measured, tolerance)
+        return Finding(detail, measured, tolerance)
 
     def free(self) -> None:
         """Let go of the model in memory; the next one needs the room."""

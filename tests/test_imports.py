@@ -25,7 +25,8 @@ SERVING_READS = {"bounded_json", "checkpoint", "compaction", "durable", "errors"
 # A module imports only what stands before it: no cycles, and a place for every newcomer.
 PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
-    ("recipe", "token_ids", "safetensors_header", "config_surgery", "checkpoint"),
+    ("recipe", "token_ids", "safetensors_header"),
+    ("layer_rules", "family_registry", "config_surgery", "checkpoint"),
     ("keep_lists", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
