@@ -55,7 +55,7 @@ def run_mergekit(python: Path, slices: Path, out: Path) -> None:
     Raises:
         RunError: it fails; with the last line it said.
     """
-    command = [str(python), "-m", "mergekit.scripts.run_yaml", str(slices), str(out)]
+    command = [str(python.absolute()), "-m", "mergekit.scripts.run_yaml", str(slices), str(out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # Else our own packages would be found from there.
     environment.pop("PYTHONPATH", None)
