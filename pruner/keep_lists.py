@@ -39,12 +39,16 @@ Listed = Literal["keep", "drop"]
 # A log of SLEB on 80 layers is about 200 kB; a hand-written YAML a few kB.
 MAX_BYTES = 4 * 2**20
 MAX_YAML_BYTES = 256 * 2**10
+# A slices file nests six deep. PyYAML's time grows with the square of the depth: 34 s for 100,000.
+MAX_YAML_DEPTH = 20
 
 _CSV_FIELDS = ["block_start", "block_end", "average_distance"]
 _DROPPED_OF_A_BLOCK = {"none", "attn", "mlp", "attn+mlp"}
-_SLEB_ORDER = re.compile(r"^\s*Block Removal Order: (.*)$", re.MULTILINE)
-_SLEB_TOTAL = re.compile(r"^\s*# Total Blocks: ([0-9]{1,6})\s*$", re.MULTILINE)
+_SLEB_ORDER = re.compile(r"^[ \t]*Block Removal Order: (.*)$", re.MULTILINE)
+_SLEB_TOTAL = re.compile(r"^[ \t]*# Total Blocks: ([0-9]{1,6})[ \t\r]*$", re.MULTILINE)
 _YAML_SLICES = re.compile(r"^(slices|models|modules|merge_method)\s*:", re.MULTILINE)
+_YAML_OPENS = {"[", "{", "<block mapping start>", "<block sequence start>"}
+_YAML_CLOSES = {"]", "}", "<block end>"}
 _NEUTRAL_SETTINGS = {"slices", "merge_method", "dtype", "out_dtype", "base_model", "name"}
 
 
@@ -252,9 +256,14 @@ def _load_yaml(text: str) -> Any:
     if len(text) > MAX_YAML_BYTES:
         raise LayerMapError(f"is larger than {MAX_YAML_BYTES} bytes, not a list of slices")
     try:
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 raise LayerMapError("YAML anchors and aliases are refused; write it out")
+            depth += token.id in _YAML_OPENS
+            depth -= token.id in _YAML_CLOSES
+            if depth > MAX_YAML_DEPTH:
+                raise LayerMapError(f"nests deeper than {MAX_YAML_DEPTH}, not a list of slices")
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
