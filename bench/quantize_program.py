@@ -1,11 +1,13 @@
 """The part of quantize_pruned.py that runs in other environments: no import of ours.
 
-quantize MODEL OUT SCHEME, compare BEFORE AFTER WINDOWS, serve MODEL WINDOWS; one line of JSON.
+RESULT quantize MODEL OUT SCHEME, RESULT compare BEFORE AFTER WINDOWS, RESULT serve MODEL WINDOWS:
+the result goes to the file RESULT as JSON, since vLLM's processes write to stdout as they like.
 """
 
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,10 @@ def serve(model: str, windows_file: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    programs = {"quantize": quantize, "compare": compare, "serve": serve}
-    result = programs[sys.argv[1]](*sys.argv[2:])
-    print()
-    print(json.dumps(result))
+    programs: dict[str, Callable[..., dict[str, Any]]] = {
+        "quantize": quantize,
+        "compare": compare,
+        "serve": serve,
+    }
+    result_file, name, *arguments = sys.argv[1:]
+    Path(result_file).write_text(json.dumps(programs[name](*arguments)), "utf-8")

@@ -47,8 +47,6 @@ _DROPPED_OF_A_BLOCK = {"none", "attn", "mlp", "attn+mlp"}
 _SLEB_ORDER = re.compile(r"^[ \t]*Block Removal Order: (.*)$", re.MULTILINE)
 _SLEB_TOTAL = re.compile(r"^[ \t]*# Total Blocks: ([0-9]{1,6})[ \t\r]*$", re.MULTILINE)
 _YAML_SLICES = re.compile(r"^(slices|models|modules|merge_method)\s*:", re.MULTILINE)
-_YAML_OPENS = {"[", "{", "<block mapping start>", "<block sequence start>"}
-_YAML_CLOSES = {"]", "}", "<block end>"}
 _NEUTRAL_SETTINGS = {"slices", "merge_method", "dtype", "out_dtype", "base_model", "name"}
 
 
@@ -255,13 +253,18 @@ def _load_yaml(text: str) -> Any:
 
     if len(text) > MAX_YAML_BYTES:
         raise LayerMapError(f"is larger than {MAX_YAML_BYTES} bytes, not a list of slices")
+    opening = (
+        *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+        *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+    )
+    closing = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+    depth = 0
     try:
-        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 raise LayerMapError("YAML anchors and aliases are refused; write it out")
-            depth += token.id in _YAML_OPENS
-            depth -= token.id in _YAML_CLOSES
+            depth += isinstance(token, opening)
+            depth -= isinstance(token, closing)
             if depth > MAX_YAML_DEPTH:
                 raise LayerMapError(f"nests deeper than {MAX_YAML_DEPTH}, not a list of slices")
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
