@@ -60,6 +60,11 @@ def run_quantization(
     """
     if scheme not in SCHEMES:
         raise UserError(f"--scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")
+    if window < 2 or max_tokens < window:
+        raise UserError(
+            f"--window and --max-tokens are {window} and {max_tokens}, expected at least 2 tokens "
+            "a window and a window of tokens"
+        )
     refuse_existing(out)
     versions = package_versions(python, _PACKAGES)
     record: dict[str, Any] = {
@@ -106,7 +111,7 @@ def cut_token_windows(model: Path, data: Path, window: int, max_tokens: int) -> 
         tokens += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
         if len(tokens) >= max_tokens:
             break
-    tokens = tokens[: max_tokens // window * window]
+    tokens = tokens[: min(len(tokens), max_tokens) // window * window]
     if not tokens:
         raise UserError(f"{data}: has fewer than {window} tokens; give more text")
     return [tokens[begin : begin + window] for begin in range(0, len(tokens), window)]
@@ -142,6 +147,7 @@ def run_program(python: Path, program: Path, *arguments: str | Path) -> Any:
     """Run a program of this folder with another Python, offline; what it writes to its RESULT.
 
     Raises:
+        UserError: `python` cannot be run.
         RunError: it fails or leaves no result; with what it said of the reason.
     """
     environment = os.environ | _VLLM_VARIABLES | {"HF_HUB_OFFLINE": "1"}
@@ -149,10 +155,13 @@ def run_program(python: Path, program: Path, *arguments: str | Path) -> Any:
     environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        done = subprocess.run(
-            [str(python), "-P", str(program), str(result), *map(str, arguments)],
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [str(python), "-P", str(program), str(result), *map(str, arguments)],
+                capture_output=True, text=True, env=environment, check=False,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{python}: cannot be run: {error}") from error
         if done.returncode or not result.exists():
             raise RunError(
                 f"{arguments[0]} failed, exit status {done.returncode}: "
