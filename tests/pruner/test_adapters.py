@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from trsp.bench.pico_families import NUM_LAYERS, PICO_CONFIGS, VOCAB_SIZE
-from trsp.pruner.adapters import CONFIG_NAME, WEIGHTS_NAME, renumber_adapter
+from trsp.pruner.adapter_names import CONFIG_NAME
+from trsp.pruner.adapters import WEIGHTS_NAME, renumber_adapter
 from trsp.pruner.checkpoint import open_checkpoint
 from trsp.pruner.compaction import compact
 from trsp.pruner.durable import verify_manifest
