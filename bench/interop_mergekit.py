@@ -3,10 +3,11 @@
     python -m trsp.bench.interop_mergekit --python MERGEKIT_ENV/bin/python --out mergekit.json
 
 mergekit has an environment of its own (`pip install mergekit` beside a CPU torch); pico models with
-random weights are made on the spot. Exit 1 where a tensor differs. mergekit changes the layer count
-and no field with an entry for each layer (`layer_types`, `no_rope_layers`): it may stop there, or
-write a model that transformers refuses, or one that gives other logits. The record says which. It
-writes its tensors before config.json, so they are compared all the same.
+random weights are made on the spot. Exit 1 where a tensor differs. It writes its tensors before
+config.json, so they are compared whatever becomes of that. mergekit 0.1.5 changes the layer count
+and no list with an entry for each layer: with `layer_types` it stops there (Qwen2, Qwen3, Gemma 2
+and 3, Cohere 2). For a family that it has no definition of (OLMo 3, SmolLM3) it warns, ends well
+and leaves the layer count too: transformers fills the layers that are missing with random weights.
 
 GPT-NeoX is not among them: mergekit 0.1.5 wants buffers (`attention.bias`) that transformers 5 does
 not save.

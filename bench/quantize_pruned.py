@@ -7,8 +7,8 @@ llm-compressor has an environment of its own: `pip install llmcompressor` beside
 releases fix the transformers they work with, which may be older than ours. The result is loaded
 where it was made, by transformers and compressed-tensors, and compared with the input there:
 perplexity of both on the same windows, divergence, and the largest difference of logits. With
-`--vllm-python ENV/bin/python`, vLLM generates from both, greedily; exit 1 where it does not load
-the quantized one, and the record has the reason.
+`--vllm-python ENV/bin/python`, vLLM generates from both, greedily, and scores the beginnings of the
+windows; exit 1 where it does not load the quantized one, and the record has the reason.
 """
 
 import argparse
@@ -206,10 +206,12 @@ def show(record: dict[str, Any]) -> None:
         f"{record['versions'].get('transformers')}"
     )
     if "vllm" in record:
+        served = record["vllm"]
         print(
-            f"vLLM does not serve it: {record['vllm']['error']}"
-            if "error" in record["vllm"]
-            else f"vLLM serves both; {record['vllm']['same_tokens']:.0%} of greedy tokens are same"
+            f"vLLM does not serve it: {served['error']}"
+            if "error" in served
+            else f"vLLM serves both: perplexity {served['before']['perplexity']:.4f} -> "
+            f"{served['after']['perplexity']:.4f}, {served['same_tokens']:.0%} of tokens same"
         )
 
 

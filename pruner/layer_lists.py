@@ -24,8 +24,9 @@ def to_mergekit_slices(
 ) -> str:
     """A mergekit configuration (YAML) that keeps the same layers by a passthrough merge.
 
-    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json and
-    nothing else: per-layer fields such as `layer_types` need `trsp compact`.
+    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json, for
+    families that it knows, and nothing else: a model with `layer_types` needs `trsp compact`
+    (bench/interop_mergekit.py has what becomes of each family).
 
     Args:
         model: folder or hub name to write instead of the base model's name.

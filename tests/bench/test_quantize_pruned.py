@@ -65,7 +65,7 @@ def test_a_run_from_end_to_end(
     shown = capsys.readouterr().out
     assert "W8A8: perplexity 8.0000 -> 8.5000" in shown
     assert "42 quantized modules in 6 layers" in shown
-    assert "vLLM serves both; 75% of greedy tokens are same" in shown
+    assert "vLLM serves both: perplexity 8.0000 -> 9.0000, 75% of tokens same" in shown
 
 
 @pytest.mark.parametrize(
