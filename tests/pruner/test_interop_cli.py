@@ -123,6 +123,8 @@ def test_mistakes_at_the_map(pico_llama: Path, tmp_path: Path) -> None:
             ["--model", pico_llama, "--list", "drop", "--format", "yaml"],
             "'yaml' is unknown; choose from json, mergekit, llama-cpp",
         ),
+        (["--model", pico_llama, "--list", "drop", "--out", tmp_path], "name of a file"),
+        (["--model", pico_llama, "--list", "drop", "--out", source / "x"], "name of a file"),
     ):
         assert re.search(re.escape(message), refused("map", source, *words)), words
 
