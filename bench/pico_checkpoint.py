@@ -5,6 +5,7 @@ Random weights, large enough that every layer changes the logits.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +29,7 @@ def make_pico_model(name: str, *, seed: int = 0) -> PreTrainedModel:
         name: a key of PICO_CONFIGS.
     """
     config = PICO_CONFIGS[name]()
-    kind = (
+    kind: Any = (
         transformers.AutoModelForImageTextToText
         if name in MULTIMODAL
         else transformers.AutoModelForCausalLM

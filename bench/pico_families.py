@@ -65,8 +65,12 @@ _PLAIN: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _SHAPE: dict[str, Any] = {**_PLAIN, "head_dim": 8}
-_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 5}
+_LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN_WINDOW: dict[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 5,
+}
 _QWEN_EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,

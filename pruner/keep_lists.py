@@ -2,9 +2,8 @@
 
 What is read, and where its form was looked up:
 
-    mergekit    `slices` of a passthrough merge (arcee-ai/mergekit, mergekit/config.py, plan.py:
-                `layer_range: [a, b]` leaves b out). PruneMe makes its models from such a file
-                (arcee-ai/PruneMe, slice_with_mergekit/slice.yaml).
+    mergekit    `slices` of a passthrough merge (mergekit_slices.py). PruneMe makes its models from
+                such a file (arcee-ai/PruneMe, slice_with_mergekit/slice.yaml).
     PruneMe     layer_distances.csv (compute_block_similarity/layer_similarity.py). A row compares
                 the outputs of layers i and i + n, counted from 0, and says `block_start` i + 1 and
                 `block_end` i + 1 + n: layers block_start to block_end - 1 lie between. The row of
@@ -24,28 +23,25 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, Literal
 
 from trsp.pruner.layer_lists import parse_layer_list
-from trsp.pruner.layer_map import BaseModel, LayerMap, LayerMapError, integer, read_text
+from trsp.pruner.layer_map import BaseModel, LayerMap, LayerMapError, read_text
+from trsp.pruner.mergekit_slices import read_slices
 
 Listed = Literal["keep", "drop"]
 
-# A log of SLEB on 80 layers is about 200 kB; a hand-written YAML a few kB.
+# A log of SLEB on 80 layers is about 200 kB.
 MAX_BYTES = 4 * 2**20
-MAX_YAML_BYTES = 256 * 2**10
 
 _CSV_FIELDS = ["block_start", "block_end", "average_distance"]
 _DROPPED_OF_A_BLOCK = {"none", "attn", "mlp", "attn+mlp"}
-_SLEB_ORDER = re.compile(r"^\s*Block Removal Order: (.*)$", re.MULTILINE)
-_SLEB_TOTAL = re.compile(r"^\s*# Total Blocks: ([0-9]{1,6})\s*$", re.MULTILINE)
+_SLEB_ORDER = re.compile(r"^[ \t]*Block Removal Order: (.*)$", re.MULTILINE)
+_SLEB_TOTAL = re.compile(r"^[ \t]*# Total Blocks: ([0-9]{1,6})[ \t\r]*$", re.MULTILINE)
 _YAML_SLICES = re.compile(r"^(slices|models|modules|merge_method)\s*:", re.MULTILINE)
-_NEUTRAL_SETTINGS = {"slices", "merge_method", "dtype", "out_dtype", "base_model", "name"}
 
 
 def read_keep_list(
@@ -101,6 +97,11 @@ def _form_of(text: str) -> tuple[str, Callable[[str, int], _Read]]:
 
 def _read_plain(text: str, num_layers: int) -> _Read:
     return "keep", list(parse_layer_list(text)), {}
+
+
+def _read_mergekit(text: str, num_layers: int) -> _Read:
+    layers, said = read_slices(text, num_layers)
+    return "keep", layers, said
 
 
 def _read_pruneme(text: str, num_layers: int) -> _Read:
@@ -170,109 +171,3 @@ def _read_evopress(text: str, num_layers: int) -> _Read:
             "supported; search with EvoPress's --drop_entire_block"
         )
     return "drop", [layer for layer, part in enumerate(blocks) if part == "attn+mlp"], {}
-
-
-def _read_mergekit(text: str, num_layers: int) -> _Read:
-    document = _load_yaml(text)
-    if not isinstance(document, dict):
-        raise LayerMapError("is no YAML mapping, as a mergekit configuration is")
-    if document.get("merge_method") != "passthrough":
-        raise LayerMapError(
-            f"merge_method is {brief(document.get('merge_method'))}; only passthrough slices of "
-            "one model are depth pruning"
-        )
-    if other := sorted(map(str, set(document) - _NEUTRAL_SETTINGS)):
-        raise LayerMapError(
-            f"sets {other[0]!r}, which depth pruning does not have; make a pure slices file"
-        )
-    slices = document.get("slices")
-    if not isinstance(slices, list) or not slices:
-        raise LayerMapError(f"slices is {brief(slices)}, expected a list of slices")
-    sources = [_source(piece, f"slices[{n}]") for n, piece in enumerate(slices)]
-    models = {model for model, _, _ in sources}
-    if document.get("base_model") is not None:
-        models.add(_model_name(document["base_model"], "base_model"))
-    if len(models) > 1:
-        raise LayerMapError(f"takes layers from several models: {', '.join(sorted(models))}")
-    for (_, begin, end), (_, next_begin, next_end) in pairwise(sources):
-        if next_begin < end:
-            what = "repeats layers of" if next_end > begin else "stands after"
-            raise LayerMapError(
-                f"slice [{next_begin}, {next_end}] {what} [{begin}, {end}]: layers are repeated or "
-                "reordered, which is not depth pruning"
-            )
-    for _, begin, end in sources:
-        if end > num_layers:
-            raise LayerMapError(f"slice [{begin}, {end}] leaves the {num_layers} layers")
-    said = {"model": models.pop()}
-    # mergekit converts the weights to this type; compaction moves them as they are.
-    for name in ("dtype", "out_dtype"):
-        if document.get(name) is not None:
-            said[name] = str(document[name])
-    return "keep", [layer for _, begin, end in sources for layer in range(begin, end)], said
-
-
-def _source(piece: Any, where: str) -> tuple[str, int, int]:
-    """Model and layer range [begin, end) of an output slice."""
-    if not isinstance(piece, dict) or set(piece) != {"sources"}:
-        raise LayerMapError(f"{where} is {brief(piece)}, expected sources alone")
-    sources = piece["sources"]
-    if not isinstance(sources, list) or len(sources) != 1:
-        raise LayerMapError(f"{where} merges {brief(sources)}, expected one source")
-    match sources[0]:
-        case {"model": model, "layer_range": [begin, end], **rest} if not rest:
-            begin, end = (integer(value, f"{where}: layer_range") for value in (begin, end))
-        case _:
-            raise LayerMapError(
-                f"{where} is {brief(sources[0])}, expected model and layer_range [begin, end] alone"
-            )
-    if not 0 <= begin < end:
-        raise LayerMapError(f"{where}: layer_range [{begin}, {end}] holds no layer")
-    return _model_name(model, where), begin, end
-
-
-def _model_name(model: Any, where: str) -> str:
-    """The name in mergekit's ModelReference: text, or a mapping {model: {path: text}}."""
-    match model:
-        case str(name) if "+" not in name:
-            return name
-        case {"model": str(name), **rest} if not rest:
-            return name
-        case {"model": {"path": str(name), **at}, **rest} if not rest and set(at) <= {"revision"}:
-            return f"{name}@{at['revision']}" if at.get("revision") is not None else name
-    raise LayerMapError(
-        f"{where}: model {brief(model)} is not one model as it is; an adapter or another "
-        "architecture must be merged in first"
-    )
-
-
-def _load_yaml(text: str) -> Any:
-    import yaml
-
-    if len(text) > MAX_YAML_BYTES:
-        raise LayerMapError(f"is larger than {MAX_YAML_BYTES} bytes, not a list of slices")
-    try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise LayerMapError("YAML anchors and aliases are refused; write it out")
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, LayerMapError):
-            raise
-        raise LayerMapError(f"is not YAML: {' '.join(str(error).split())[:200]}") from error
-
-
-def _refuse_repeated_keys(node: Any) -> None:
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for name, count in names.items():
-            if count > 1:
-                raise LayerMapError(f"the key {name!r} is repeated")
-        for _, value in node.value:
-            _refuse_repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_repeated_keys(value)

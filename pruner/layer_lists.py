@@ -24,8 +24,9 @@ def to_mergekit_slices(
 ) -> str:
     """A mergekit configuration (YAML) that keeps the same layers by a passthrough merge.
 
-    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json and
-    nothing else: per-layer fields such as `layer_types` need `trsp compact`.
+    mergekit's `layer_range: [a, b]` leaves b out. It adjusts the layer count in config.json, for
+    families that it knows, and nothing else: a model with `layer_types` needs `trsp compact`
+    (bench/interop_mergekit.py has what becomes of each family).
 
     Args:
         model: folder or hub name to write instead of the base model's name.
@@ -73,7 +74,12 @@ def parse_layer_list(text: str) -> tuple[int, ...]:
         layers = [integer(item, f"layer list: item {n}") for n, item in enumerate(parsed)]
     else:
         lines = [line for line in text.splitlines() if line.strip()]
-        layers = [layer for line in lines for item in line.split(",") for layer in _range(item)]
+        layers = []
+        for item in (item for line in lines for item in line.split(",")):
+            layers += _range(item)
+            # A short text could name more ranges than memory holds.
+            if len(layers) > MAX_LAYERS:
+                raise LayerMapError(f"layer list: names more than {MAX_LAYERS} layers")
     if not layers:
         raise LayerMapError("layer list: names no layer; write for example 0-3,7")
     return layer_indices(layers, "layer list", MAX_LAYERS)

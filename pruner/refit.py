@@ -21,9 +21,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trsp.pruner.activations import last_projection, residual_stream, watching
+from trsp.pruner.activations import (
+    Projection,
+    last_projection,
+    matrix_of,
+    residual_stream,
+    watching,
+)
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.losses import require_finite
 from trsp.pruner.progress import Progress, silent
@@ -119,13 +125,14 @@ def refit_warnings(refits: Sequence[Mapping[str, Any]]) -> list[str]:
 class _LeastSquares:
     """Sums of one run's normal equations, and their solution."""
 
-    def __init__(self, first: int, last: int, projection: nn.Linear) -> None:
+    def __init__(self, first: int, last: int, projection: Projection) -> None:
         self.first, self.last, self.projection = first, last, projection
+        num_outputs, num_inputs = matrix_of(projection).shape
         # A bias is one more input that is always 1.
-        width = projection.in_features + (projection.bias is not None)
+        width = num_inputs + (projection.bias is not None)
         place = {"dtype": torch.float64, "device": projection.weight.device}
         self._gram = torch.zeros(width, width, **place)  # type: ignore[call-overload]
-        self._moments = torch.zeros(width, projection.out_features, **place)  # type: ignore[call-overload]
+        self._moments = torch.zeros(width, num_outputs, **place)  # type: ignore[call-overload]
         self._energy = 0.0
 
     def add(self, h: Tensor, before: Tensor, behind: Tensor) -> None:
@@ -150,9 +157,9 @@ class _LeastSquares:
         change = torch.linalg.solve(damped, self._moments)
         error = self._energy - float((change * (2 * self._moments - self._gram @ change)).sum())
         require_finite(error, f"the projection refitted for layers {self.first} on", 0, [])
-        width = self.projection.in_features
-        weight = self.projection.weight
-        weight.copy_(weight.double() + change[:width].T)
+        matrix = matrix_of(self.projection)
+        width = matrix.shape[1]
+        matrix.copy_(matrix.double() + change[:width].T)
         if self.projection.bias is not None:
             self.projection.bias.copy_(self.projection.bias.double() + change[width])
         return 1.0 - error / self._energy if self._energy > 0 else 1.0

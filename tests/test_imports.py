@@ -27,7 +27,7 @@ PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
     ("recipe", "token_ids", "safetensors_header"),
     ("layer_rules", "family_registry", "config_surgery", "checkpoint"),
-    ("keep_lists", "adapters"),
+    ("mergekit_slices", "keep_lists", "adapter_names", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
     ("next_norms", "gated_model", "activations"),

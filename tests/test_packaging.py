@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-OPTIONAL = {"datasets", "lm_eval", "jinja2", "matplotlib", "vllm"}
+OPTIONAL = {"datasets", "llmcompressor", "lm_eval", "jinja2", "matplotlib", "vllm"}
 
 
 def package_folders(root: Path) -> set[str]:

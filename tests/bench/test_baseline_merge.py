@@ -6,10 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Gemma2Config, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from trsp.bench.baseline_merge import laco_merge, replace_me
+from trsp.pruner.activations import residual_stream, watching
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.gated_model import GatedModel
 
@@ -236,6 +244,27 @@ def test_replace_me_folds_into_a_bare_projection_with_a_bias(tokens: Tensor) -> 
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     # Biases start at zero, and T of zero is zero.
     assert changed == {f"{layer}.weight"}
+
+
+def test_replace_me_folds_into_gpt2_whose_projections_are_transposed(tokens: Tensor) -> None:
+    model = build(GPT2Config(vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=64))
+    with torch.no_grad():
+        for name, parameter in model.transformer.h.named_parameters():
+            if "ln_" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
+    dense = copy.deepcopy(model)
+    with GatedModel(model) as gated:
+        (removed,) = replace_me(gated, tokens, num_to_remove=1)
+    before = dense.transformer.h[removed - 1]
+    with GatedModel(dense) as gated, watching([before.mlp.c_proj]) as seen:
+        stream = residual_stream(gated, tokens)
+    mlp = seen.outputs[before.mlp.c_proj].flatten(0, 1).double()
+    target = (stream[removed + 1] - stream[removed]).flatten(0, 1).double() + mlp
+    transform = torch.linalg.lstsq(mlp, target).solution
+    folded = model.transformer.h[removed - 1].mlp.c_proj
+    # y = x W + b, so the map stands behind both.
+    for ours, theirs in zip(folded.parameters(), before.mlp.c_proj.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double() @ transform, rtol=1e-3, atol=1e-3)
 
 
 def test_replace_me_refuses_a_norm_behind_the_mlp(tokens: Tensor) -> None:

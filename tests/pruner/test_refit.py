@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from trsp.pruner.activations import residual_stream, watching
 from trsp.pruner.gated_model import GatedModel
@@ -111,6 +119,40 @@ def test_a_bias_is_fitted_with_the_weight() -> None:
         (found,) = refit(gated, tokens, (2,), ridge=0.01, batch_size=2)
     assert found.explained is not None
     assert not fc2.bias.equal(before)
+
+
+def test_gpt2_whose_projections_are_transposed_is_fitted() -> None:
+    """Conv1D keeps [in, out]: against numpy's solver, weight and bias, and nothing else moves."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.transformer.h.named_parameters():
+            if "ln_" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
+    tokens = torch.randint(0, 64, (8, 32))
+    dense = copy.deepcopy(model)
+    projection = dense.transformer.h[0].mlp.c_proj
+    with GatedModel(dense) as gated, watching([projection]) as seen:
+        stream = residual_stream(gated, tokens)
+    inputs = seen.inputs[projection].flatten(0, 1).double()
+    inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=-1)
+    update = (stream[3] - stream[1]).flatten(0, 1).double()
+    damping = 0.01 * float(inputs.square().sum(0).mean())
+    rows = torch.cat([inputs, damping**0.5 * torch.eye(inputs.shape[1], dtype=torch.float64)])
+    zeros = torch.zeros(inputs.shape[1], update.shape[1], dtype=torch.float64)
+    change = torch.linalg.lstsq(rows, torch.cat([update, zeros])).solution
+
+    (found,) = refitted(model, tokens, (1, 2))
+    fitted = model.transformer.h[0].mlp.c_proj
+    moved = torch.cat([fitted.weight - projection.weight, (fitted.bias - projection.bias)[None]])
+    torch.testing.assert_close(moved.double(), change, atol=1e-4, rtol=1e-3)
+    left = (update - inputs @ change).square().sum() / update.square().sum()
+    assert (found.first, found.last, found.reason) == (1, 2, None)
+    assert found.explained == pytest.approx(1 - float(left), abs=1e-4)
+    before = dense.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed == {f"transformer.h.0.mlp.c_proj.{part}" for part in ("weight", "bias")}
 
 
 def test_a_run_at_the_first_layer_is_left_and_said(model: PreTrainedModel, tokens: Tensor) -> None:
