@@ -113,33 +113,34 @@ def rewrite_config(
     new_config = copy.deepcopy(config)
     if len(kept) == num_layers:
         return new_config, ()
+    known = registry()
     section, prefix, refusals = config, "", list[str]()
-    model_type = str(config.get("model_type"))
-    multimodal = None
+    model_type, supported = str(config.get("model_type")), known.supported()
     if config.get("text_config") is not None:
         section, prefix = config["text_config"], "text_config."
         for name, value in config.items():
             refusals += _dependences(name, value, num_layers)
-        multimodal = registry().multimodal.get(model_type)
-        if multimodal is not None:
-            model_type = str(section.get("model_type") or multimodal.text_model_type)
-    family = registry().families.get(model_type, Family())
+        multimodal = known.multimodal.get(model_type)
+        if multimodal is None:
+            supported = sorted(known.multimodal)
+        else:
+            refusals += _fed_layers_that_go(config, multimodal, kept)
+            model_type = section.get("model_type") or multimodal.text_model_type
+            if not model_type:
+                raise UserError("config.json: text_config names no model_type; write it there")
+    family = known.families.get(model_type, Family())
     if family.refused is not None:
         raise UserError(f"config.json: model_type {model_type} cannot be pruned: {family.refused}")
     new_section = _carry_over(section, kept, num_layers, family, prefix, refusals)
-    if multimodal is not None:
-        refusals += _fed_layers_that_go(config, multimodal, kept)
     if refusals:
         raise UserError(
             f"config.json cannot be carried over to {len(kept)} of {num_layers} layers, it has "
             f"fields that depend on them: {'; '.join(refusals)}"
         )
-    if model_type not in registry().families or (prefix and multimodal is None):
-        unknown = str(config.get("model_type")) if prefix and multimodal is None else model_type
-        known = registry().multimodal if prefix and multimodal is None else registry().supported()
+    if model_type not in supported:
         raise UserError(
-            f"config.json: model_type is {brief(unknown)}, and nobody has checked whether its "
-            f"layers depend on their number; supported: {', '.join(sorted(known))}"
+            f"config.json: model_type is {brief(model_type)}, and nobody has checked whether its "
+            f"layers depend on their number; supported: {', '.join(supported)}"
         )
     _write_lists(section, new_section, kept, num_layers, family)
     changes = tuple(

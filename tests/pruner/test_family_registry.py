@@ -1,0 +1,39 @@
+"""The registry of families: what an entry may say, and that config classes hold nothing unknown."""
+
+import pytest
+
+from trsp.bench.pico_families import PICO_CONFIGS
+from trsp.pruner.family_registry import parse_registry, registry
+
+LLAMA = 'model_types = ["llama"]\n'
+
+
+def test_every_supported_family_has_a_pico_model() -> None:
+    made = {build().model_type for build in PICO_CONFIGS.values()}
+    named = set(registry().multimodal) | {name for name in registry().families if name in made}
+    assert named >= made - {"gemma3n_text"}
+    assert set(registry().multimodal) <= made
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('model_types = ["llama"]\nlayer_types = 3', "the field 'layer_types' is unknown"),
+        (LLAMA + '[lists.layer_types]\nrule = "sometimes"', "the rule 'sometimes' is unknown"),
+        (LLAMA + '[lists.layer_types]\nrule = "periodic"', "period"),
+        (LLAMA + "[lists.layer_types]\nperiod = 2", "rule"),
+        (LLAMA + 'refused = "too deep"\nsparse_step = true', "nothing else"),
+        ("sparse_step = true", "model_types"),
+        (LLAMA + "multimodal = 3", "items"),
+        (LLAMA + 'multimodal = { seer = "opt" }', "seer: opt is in no file"),
+        ("model_types = [", "a.toml"),
+    ],
+)
+def test_an_entry_that_is_not_as_it_must_be(text: str, said: str) -> None:
+    with pytest.raises((ValueError, AttributeError), match=said):
+        parse_registry({"a.toml": text})
+
+
+def test_a_model_type_is_in_one_file() -> None:
+    with pytest.raises(ValueError, match=r"b\.toml: llama is in two files"):
+        parse_registry({"a.toml": LLAMA, "b.toml": LLAMA})
