@@ -1,7 +1,8 @@
 """One pico configuration for each family, with every setting that depends on the layers in use.
 
-Built with transformers' own classes. Eight layers, so that each pattern shows twice; hidden size
-32; random weights come from the tests. Two variants of a family are two entries.
+Built with transformers' own classes. Eight layers, so that each pattern shows twice; heads of 32,
+the smallest that vLLM serves; random weights come with pico_checkpoint. Two variants of a family are
+two entries.
 """
 
 from collections.abc import Callable
@@ -57,14 +58,14 @@ _TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 _PLAIN: dict[str, Any] = {
     **_TOKENS,
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 64,
 }
-_SHAPE: dict[str, Any] = {**_PLAIN, "head_dim": 8}
+_SHAPE: dict[str, Any] = {**_PLAIN, "head_dim": 32}
 _LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_WINDOW: dict[str, Any] = {
     "use_sliding_window": True,
@@ -80,7 +81,7 @@ _QWEN_EXPERTS: dict[str, Any] = {
 }
 _DEEPSEEK: dict[str, Any] = {
     **_PLAIN,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -107,7 +108,7 @@ _QWEN_VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_heads": 2,
-    "out_hidden_size": 32,
+    "out_hidden_size": 64,
     "patch_size": 14,
 }
 
@@ -171,13 +172,13 @@ def gemma() -> PreTrainedConfig:
 
 
 def gemma2() -> PreTrainedConfig:
-    return Gemma2Config(**_SHAPE, sliding_window=6, query_pre_attn_scalar=8)
+    return Gemma2Config(**_SHAPE, sliding_window=6, query_pre_attn_scalar=32)
 
 
-def gemma3_text() -> PreTrainedConfig:
-    return Gemma3TextConfig(
-        **_SHAPE, sliding_window=6, sliding_window_pattern=3, query_pre_attn_scalar=8
-    )
+def gemma3_text() -> Gemma3TextConfig:
+    # Read by the class and no field of it.
+    pattern: dict[str, Any] = {"sliding_window_pattern": 3}
+    return Gemma3TextConfig(**_SHAPE, **pattern, sliding_window=6, query_pre_attn_scalar=32)
 
 
 def gemma3n_text() -> PreTrainedConfig:
@@ -207,23 +208,23 @@ def phi() -> PreTrainedConfig:
 
 def opt() -> PreTrainedConfig:
     return OPTConfig(
-        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=32, ffn_dim=48, num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32,
+        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=64, ffn_dim=48, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=64,
     )  # fmt: skip
 
 
 def opt_projected() -> PreTrainedConfig:
     """As OPT-350m: narrow embeddings, norms behind the branches."""
     return OPTConfig(
-        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=32, ffn_dim=48, num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16,
+        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=64, ffn_dim=48, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=32,
         do_layer_norm_before=False,
     )  # fmt: skip
 
 
 def gpt2() -> PreTrainedConfig:
     return GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=NUM_LAYERS, n_head=4, n_positions=64,
+        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=NUM_LAYERS, n_head=2, n_positions=64,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
@@ -231,7 +232,7 @@ def gpt2() -> PreTrainedConfig:
 def gpt2_scaled_by_depth() -> PreTrainedConfig:
     """Divides its scores by the layer's number: refused."""
     return GPT2Config(
-        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=NUM_LAYERS, n_head=4, n_positions=64,
+        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=NUM_LAYERS, n_head=2, n_positions=64,
         bos_token_id=1, eos_token_id=2, scale_attn_by_inverse_layer_idx=True,
     )  # fmt: skip
 
@@ -248,15 +249,15 @@ def gpt_neox_sequential() -> PreTrainedConfig:
 
 def gptj() -> PreTrainedConfig:
     return GPTJConfig(
-        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=NUM_LAYERS, n_head=4, n_positions=64,
-        rotary_dim=4, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=NUM_LAYERS, n_head=2, n_positions=64,
+        rotary_dim=16, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 
 def falcon() -> PreTrainedConfig:
     """As Falcon-40B: a norm for each branch, grouped heads."""
     return FalconConfig(
-        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=NUM_LAYERS,
+        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True,
         max_position_embeddings=64,
     )  # fmt: skip
@@ -265,8 +266,8 @@ def falcon() -> PreTrainedConfig:
 def falcon_old() -> PreTrainedConfig:
     """As Falcon-RW: alibi, one branch after the other."""
     return FalconConfig(
-        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4, multi_query=False, parallel_attn=False, alibi=True, bias=True,
+        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2, multi_query=False, parallel_attn=False, alibi=True, bias=True,
         max_position_embeddings=64,
     )  # fmt: skip
 
@@ -295,7 +296,8 @@ def granitemoe() -> PreTrainedConfig:
 
 
 def cohere2() -> PreTrainedConfig:
-    return Cohere2Config(**_PLAIN, sliding_window=6, sliding_window_pattern=3)
+    pattern: dict[str, Any] = {"sliding_window_pattern": 3}
+    return Cohere2Config(**_PLAIN, **pattern, sliding_window=6)
 
 
 def smollm3() -> PreTrainedConfig:
@@ -319,7 +321,8 @@ def deepseek_v2() -> PreTrainedConfig:
 
 def deepseek_v3() -> PreTrainedConfig:
     """As on the Hub: one next-token layer announced, which transformers does not build."""
-    return DeepseekV3Config(**_DEEPSEEK, num_nextn_predict_layers=1)
+    drafts: dict[str, Any] = {"num_nextn_predict_layers": 1}
+    return DeepseekV3Config(**_DEEPSEEK, **drafts)
 
 
 def _llama4_text() -> dict[str, Any]:
@@ -352,7 +355,7 @@ def gemma3() -> PreTrainedConfig:
 
 
 def _mrope() -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 8]}
 
 
 def qwen2_5_vl() -> PreTrainedConfig:

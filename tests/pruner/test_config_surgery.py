@@ -101,7 +101,7 @@ PICO: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**MODERN, **QWEN_EXPERTS},
     "smollm3": {**MODERN, **QWEN_WINDOW, "no_rope_layer_interval": 3},
 }
-# Parts of multimodal models, without a language model class of their own; test_family_properties has them.
+# Parts of multimodal models, without a class of their own; test_family_properties has them.
 NO_MODEL_OF_THEIR_OWN = {"qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text"}
 LANGUAGE_MODELS = sorted(set(registry().supported()) - NO_MODEL_OF_THEIR_OWN)
 # The most common ones, with every list written out and left to the class.
