@@ -1,8 +1,7 @@
 """One pico configuration for each family, with every setting that depends on the layers in use.
 
-Built with transformers' own classes. Eight layers, so that each pattern shows twice; heads of 32,
-the smallest that vLLM serves; random weights come with pico_checkpoint. Two variants of a family are
-two entries.
+Built with transformers' own classes; two variants of a family are two entries. Eight layers, so
+that each pattern shows twice; heads of 32, the smallest that vLLM serves on a CPU.
 """
 
 from collections.abc import Callable
