@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -22,9 +23,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from trsp.bench.pico_checkpoint import make_pico_model
+from trsp.bench.pico_families import PICO_CONFIGS
 from trsp.pruner import gated_model as gated_model_module
 from trsp.pruner.checkpoint import load_model, open_checkpoint
-from trsp.pruner.families import decoder_layers, find_branches
+from trsp.pruner.errors import UserError
+from trsp.pruner.families import count_side_results, decoder_layers, find_branches
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.next_norms import find_next_norms
 from trsp.pruner.recipe import FuseNorms
@@ -337,3 +341,64 @@ def test_the_model_is_restored_after_an_error(pico_llama: Path) -> None:
     assert all("forward" not in vars(layer) for layer in decoder_layers(model))
     assert not any(module._forward_hooks for module in model.modules())
     assert AutoConfig.from_pretrained(pico_llama).num_hidden_layers == 6
+
+
+@pytest.mark.parametrize("family", ["gptj", "falcon"])
+def test_layers_with_side_results_are_skipped_without_them(family: str) -> None:
+    model = make_pico_model(family)
+    assert set(count_side_results(model)) == {1}
+    shallow = without_layers(model, {1, 4})
+    dense = model(input_ids=TOKENS, use_cache=False).logits
+    with torch.no_grad(), GatedModel(model) as gated:
+        with gated.masking({1, 4}):
+            assert torch.equal(gated.logits(TOKENS), shallow)
+        gated.gated = gated.measured = frozenset({1, 4})
+        gated.gates = torch.ones(gated.num_layers)
+        torch.testing.assert_close(gated.logits(TOKENS), dense, rtol=0, atol=2e-6)
+        assert float(gated.differences[1].relative()) > 0
+        gated.gates[[1, 4]] = 0.0
+        torch.testing.assert_close(gated.logits(TOKENS), shallow, rtol=0, atol=2e-6)
+
+
+class ReadingBlock:
+    """A layer of a model that reads its side result."""
+
+    def __init__(self, layer: nn.Module, seen: list[Any]) -> None:
+        self.layer, self.seen = layer, seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        self.seen.append(output[1])
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class ReadingList(nn.ModuleList):
+    def __iter__(self) -> Any:
+        self.seen: list[Any] = []
+        return (ReadingBlock(layer, self.seen) for layer in super().__iter__())
+
+
+@pytest.mark.parametrize("forgiving", [True, False])
+def test_side_results_that_the_model_reads_are_refused(forgiving: bool) -> None:
+    """It notices that one is missing, by a failure or by other logits."""
+    model = make_pico_model("gptj")
+    layers = ReadingList(list(model.transformer.h))
+    model.transformer.h = layers
+
+    def use(_module: Any, _args: Any, logits: Tensor) -> Tensor:
+        scale = layers.seen[0]
+        return logits if forgiving and scale is None else logits * scale.mean()
+
+    model.lm_head.register_forward_hook(use)
+    with pytest.raises(UserError, match="the model reads what ReadingBlock returns"):
+        count_side_results(model)
+
+
+def test_the_language_layers_are_found_beside_a_tower_as_deep() -> None:
+    config = PICO_CONFIGS["gemma3"]()
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers
+    model = AutoModelForImageTextToText.from_config(config)
+    assert decoder_layers(model) is model.model.language_model.layers
