@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from trsp.bench.pico_families import MULTIMODAL, PICO_CONFIGS, VOCAB_SIZE
 
 _WEIGHT_SCALE = 0.15
-_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_SPECIAL = ("<pad>", "<s>", "</s>")
 # Ids from here on stand for images in the multimodal configurations.
-_NUM_WORDS = 280
+_VOCAB_SIZE = 280
 
 
 def make_pico_model(name: str, *, seed: int = 0) -> PreTrainedModel:
@@ -53,30 +51,36 @@ def write_pico_checkpoint(
     max_shard_size: str = "50GB",
     seed: int = 0,
 ) -> None:
-    """Write a family's pico model and a word tokenizer to `folder`, as transformers saves them."""
+    """Write a family's pico model and a tokenizer to `folder`, as transformers saves them."""
     model = make_pico_model(name, seed=seed).to(dtype)  # type: ignore[arg-type]
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     pico_tokenizer().save_pretrained(folder)
 
 
 def pico_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, w4 to w279; ids 0, 1 and 2 are pad, begin and end of text."""
-    assert _NUM_WORDS < VOCAB_SIZE
-    words = {word: number for number, word in enumerate(_SPECIAL)}
-    words |= {f"w{number}": number for number in range(len(_SPECIAL), _NUM_WORDS)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>",
+    """Bytes and a few merges; ids 0, 1 and 2 are pad, begin and end of text.
+
+    Byte-level, because transformers reads the tokenizers of some model types as such, whatever
+    their files say.
+    """
+    assert _VOCAB_SIZE < VOCAB_SIZE
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCAB_SIZE, special_tokens=list(_SPECIAL), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
+    tokenizer.train_from_iterator([pico_text(2000)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def pico_text(num_words: int, *, seed: int = 0) -> str:
-    """Text in that tokenizer's words, the next one depending on the last."""
-    generator, word, words = random.Random(seed), len(_SPECIAL), []
+    """Numbers as words, the next one depending on the last."""
+    generator, word, words = random.Random(seed), 0, []
     for _ in range(num_words):
-        step = generator.choice((1, 1, 1, 7, 40))
-        word = len(_SPECIAL) + (word + step) % (_NUM_WORDS - len(_SPECIAL))
+        word = (word + generator.choice((1, 1, 1, 7, 40))) % 100
         words.append(f"w{word}")
     return " ".join(words)

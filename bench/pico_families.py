@@ -134,18 +134,31 @@ def mixtral() -> PreTrainedConfig:
 
 
 def qwen2() -> PreTrainedConfig:
-    """Windows from the sixth layer on."""
+    return Qwen2Config(**_PLAIN, tie_word_embeddings=True)
+
+
+def qwen2_windows() -> PreTrainedConfig:
+    """Windows from the sixth layer on; no released model has them."""
     return Qwen2Config(**_PLAIN, **_QWEN_WINDOW, tie_word_embeddings=True)
 
 
 def qwen2_moe() -> PreTrainedConfig:
-    """Every other layer sparse, one of them dense by name; windows in every other layer."""
+    """Every other layer sparse, one of them dense by name."""
+    return Qwen2MoeConfig(**_PLAIN, **_QWEN_EXPERTS, shared_expert_intermediate_size=16)
+
+
+def qwen2_moe_windows() -> PreTrainedConfig:
+    """Windows in every other layer too."""
     return Qwen2MoeConfig(
         **_PLAIN, **_QWEN_WINDOW, **_QWEN_EXPERTS, shared_expert_intermediate_size=16
     )
 
 
 def qwen3() -> PreTrainedConfig:
+    return Qwen3Config(**_SHAPE)
+
+
+def qwen3_windows() -> PreTrainedConfig:
     return Qwen3Config(**_SHAPE, **_QWEN_WINDOW)
 
 
@@ -396,10 +409,11 @@ def mistral3() -> PreTrainedConfig:
 
 
 _TEXT = (
-    llama, llama_tied, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_next, gemma,
-    gemma2, gemma3_text, gemma3n_text, phi3, phi, opt, opt_projected, gpt2, gpt2_scaled_by_depth,
-    gpt_neox, gpt_neox_sequential, gptj, falcon, falcon_old, starcoder2, olmo2, olmo3, granite,
-    granitemoe, cohere2, smollm3, glm4, gpt_oss, deepseek_v2, deepseek_v3, llama4_text,
+    llama, llama_tied, mistral, mixtral, qwen2, qwen2_windows, qwen2_moe, qwen2_moe_windows, qwen3,
+    qwen3_windows, qwen3_moe, qwen3_next, gemma, gemma2, gemma3_text, gemma3n_text, phi3, phi, opt,
+    opt_projected, gpt2, gpt2_scaled_by_depth, gpt_neox, gpt_neox_sequential, gptj, falcon,
+    falcon_old, starcoder2, olmo2, olmo3, granite, granitemoe, cohere2, smollm3, glm4, gpt_oss,
+    deepseek_v2, deepseek_v3, llama4_text,
 )  # fmt: skip
 _MULTIMODAL = (llama4, gemma3, qwen2_5_vl, qwen3_vl, llava, mistral3)
 PICO_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

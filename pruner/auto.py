@@ -160,7 +160,7 @@ class _Search:
 
     def _gates(self, lambda1: float, half: int) -> list[float]:
         """|gate| of the removable layers after a first round on every second sequence."""
-        protected = self.asked.protected_layers(self.num_layers)
+        protected = self.run.protected_layers()
         update = {"lambda1": lambda1, "num_candidates": 1}
 
         def train() -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any
 from trsp.pruner.errors import UserError
 from trsp.pruner.family_registry import Family, Multimodal, registry
 from trsp.pruner.layer_map import ConfigChange
-from trsp.pruner.layer_rules import integer_field
+from trsp.pruner.layer_rules import FULL, LINEAR, integer_field
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # One entry for each layer, where the value is a list.
@@ -113,21 +113,17 @@ def rewrite_config(
     new_config = copy.deepcopy(config)
     if len(kept) == num_layers:
         return new_config, ()
-    known = registry()
-    section, prefix, refusals = config, "", list[str]()
-    model_type, supported = str(config.get("model_type")), known.supported()
-    if config.get("text_config") is not None:
-        section, prefix = config["text_config"], "text_config."
+    known, refusals = registry(), list[str]()
+    section, model_type, multimodal = _language_part(config)
+    prefix, supported = "", known.supported()
+    if section is not config:
+        prefix = "text_config."
         for name, value in config.items():
             refusals += _dependences(name, value, num_layers)
-        multimodal = known.multimodal.get(model_type)
         if multimodal is None:
             supported = sorted(known.multimodal)
         else:
             refusals += _fed_layers_that_go(config, multimodal, kept)
-            model_type = section.get("model_type") or multimodal.text_model_type
-            if not model_type:
-                raise UserError("config.json: text_config names no model_type; write it there")
     family = known.families.get(model_type, Family())
     if family.refused is not None:
         raise UserError(f"config.json: model_type {model_type} cannot be pruned: {family.refused}")
@@ -143,6 +139,16 @@ def rewrite_config(
             f"layers depend on their number; supported: {', '.join(supported)}"
         )
     _write_lists(section, new_section, kept, num_layers, family)
+    kinds = _layer_kinds(section, family, num_layers)
+    if (
+        LINEAR in kinds
+        and FULL in kinds
+        and FULL not in _layer_kinds(new_section, family, len(kept))
+    ):
+        raise UserError(
+            "none of the kept layers has full attention, and a hybrid model needs one: keep one of "
+            f"{', '.join(str(n) for n, kind in enumerate(kinds) if kind == FULL)}"
+        )
     changes = tuple(
         ConfigChange(prefix + name, section.get(name), new_section.get(name))
         for name in dict.fromkeys((*section, *new_section))
@@ -152,6 +158,28 @@ def rewrite_config(
         new_config["text_config"] = new_section
         return new_config, changes
     return new_section, changes
+
+
+def layers_that_must_stay(config: Mapping[str, Any]) -> dict[int, str]:
+    """Layers that a choice must leave in place, each with the reason.
+
+    - those behind which image features enter (Qwen3-VL);
+    - of a hybrid model, the last layer with full attention. Another one would do, but one must
+      stay: transformers reads the cache's length from it.
+
+    Raises:
+        UserError: see `num_hidden_layers`.
+    """
+    num_layers, reasons = num_hidden_layers(config), dict[int, str]()
+    section, model_type, multimodal = _language_part(config)
+    if multimodal is not None:
+        fed = range(_num_fed_layers(config, multimodal))
+        reasons |= dict.fromkeys(fed, "image features enter behind it")
+    kinds = _layer_kinds(section, registry().families.get(model_type, Family()), num_layers)
+    if LINEAR in kinds and FULL in kinds:
+        last = max(layer for layer, kind in enumerate(kinds) if kind == FULL)
+        reasons[last] = "a hybrid model needs a layer with full attention"
+    return reasons
 
 
 def num_hidden_layers(config: Mapping[str, Any]) -> int:
@@ -295,18 +323,51 @@ def _fed_layers_that_go(
     config: Mapping[str, Any], multimodal: Multimodal, kept: Sequence[int]
 ) -> Iterator[str]:
     """Layers behind which image features enter, and which are not kept in their places."""
+    fed = range(_num_fed_layers(config, multimodal))
+    if list(kept[: len(fed)]) != list(fed):
+        yield (
+            f"{multimodal.feeds_first_layers} has {len(fed)} entries: image features enter "
+            f"behind layers 0 to {len(fed) - 1}, which must stay"
+        )
+
+
+def _num_fed_layers(config: Mapping[str, Any], multimodal: Multimodal) -> int:
+    """How many of the first layers have image features added behind them."""
     if multimodal.feeds_first_layers is None:
-        return
+        return 0
     value: Any = config
     for name in multimodal.feeds_first_layers.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     if not isinstance(value, list | tuple):
-        yield f"{multimodal.feeds_first_layers} is {brief(value)}, expected a list"
-    elif list(kept[: len(value)]) != list(range(len(value))):
-        yield (
-            f"{multimodal.feeds_first_layers} has {len(value)} entries: image features enter "
-            f"behind layers 0 to {len(value) - 1}, which must stay (selection.protected)"
+        raise UserError(
+            f"config.json: {multimodal.feeds_first_layers} is {brief(value)}, expected a list"
         )
+    return len(value)
+
+
+def _language_part(
+    config: Mapping[str, Any],
+) -> tuple[Mapping[str, Any], str, Multimodal | None]:
+    """The language model's section, its model type, and the multimodal entry that holds it.
+
+    In a multimodal model that is in no family's file, the type is that of the whole model.
+    """
+    model_type = str(config.get("model_type"))
+    if config.get("text_config") is None:
+        return config, model_type, None
+    section, multimodal = config["text_config"], registry().multimodal.get(model_type)
+    if multimodal is None:
+        return section, model_type, None
+    text_model_type = section.get("model_type") or multimodal.text_model_type
+    if not text_model_type:
+        raise UserError("config.json: text_config names no model_type; write it there")
+    return section, str(text_model_type), multimodal
+
+
+def _layer_kinds(section: Mapping[str, Any], family: Family, num_layers: int) -> list[Any]:
+    """layer_types as named or derived, one for each decoder layer; empty where there are none."""
+    kinds = section.get("layer_types") or _lists(family, section, num_layers).get("layer_types")
+    return list(kinds[:num_layers]) if isinstance(kinds, list | tuple) else []
 
 
 def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ Config = Mapping[str, Any]
 Rule = Callable[[Config, int], list[Any]]
 
 SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+LINEAR = "linear_attention"
 
 
 def integer_field(config: Config, name: str, default: int, *, at_least: int) -> int:

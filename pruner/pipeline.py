@@ -223,11 +223,10 @@ def describe(
     else:
         run.check_target()
         count = recipe.deepest_to_remove(num_layers)
-        protected = sorted(recipe.protected_layers(num_layers))
         lines.append(
             f"selection  {_up_to(recipe)}{count} of {num_layers} layers go, by "
             f"{recipe.selection.method}; "
-            f"protected: {protected}"
+            f"protected: {sorted(run.protected_layers())}"
         )
     if has_text and recipe.transfer.enabled:
         kind = f"LoRA rank {recipe.transfer.lora.rank}" if recipe.transfer.lora else "all weights"

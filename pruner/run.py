@@ -28,7 +28,7 @@ from trsp.pruner.checkpoint import (
     sample_weights,
 )
 from trsp.pruner.compaction import copy_companions
-from trsp.pruner.config_surgery import rewrite_config
+from trsp.pruner.config_surgery import layers_that_must_stay, rewrite_config
 from trsp.pruner.cost import StageCost
 from trsp.pruner.durable import publish_folder, require_free_space
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -163,11 +163,16 @@ class Run:
         """Refuse what could only be refused after stage 1: the number of layers, the config."""
         num_layers = self.checkpoint.num_hidden_layers
         count = self.recipe.deepest_to_remove(num_layers)
-        protected = self.recipe.protected_layers(num_layers)
+        protected = self.protected_layers()
         check_target(num_layers, count, protected)
         removable = [layer for layer in range(num_layers) if layer not in protected]
         trial = sorted(set(range(num_layers)) - set(removable[:count]))
         rewrite_config(dict(self.checkpoint.config), trial)
+
+    def protected_layers(self) -> frozenset[int]:
+        """Layers that no selection takes: the recipe's, and those that the family needs."""
+        asked = self.recipe.protected_layers(self.checkpoint.num_hidden_layers)
+        return asked | layers_that_must_stay(self.checkpoint.config).keys()
 
     def refuse_same_files(self) -> None:
         """Refuse held-out files that are calibration files, before anything is tokenized."""
@@ -250,7 +255,7 @@ class Run:
                 calibration.input_ids,
                 recipe.selection,
                 num_to_remove=recipe.num_to_remove(num_layers),
-                protected=recipe.protected_layers(num_layers),
+                protected=self.protected_layers(),
                 seed=recipe.seed,
                 state=self.folder.selection_state(),
                 on_round=after_round,

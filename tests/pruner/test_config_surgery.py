@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from trsp.bench.pico_families import PICO_CONFIGS
 from trsp.pruner import config_surgery
-from trsp.pruner.config_surgery import num_hidden_layers, rewrite_config
+from trsp.pruner.config_surgery import layers_that_must_stay, num_hidden_layers, rewrite_config
 from trsp.pruner.errors import UserError
 from trsp.pruner.family_registry import Family, Registry, registry
 from trsp.pruner.layer_map import ConfigChange
@@ -719,6 +719,23 @@ def test_hybrid_layers_keep_their_kind() -> None:
     linear = "linear_attention"
     assert load(new_config).layer_types == [linear, FULL, linear, FULL]
     assert rewrite_config(config, [0, 1, 2, 3])[0] == {**config, "num_hidden_layers": 4}
+
+
+def test_a_hybrid_model_keeps_a_layer_with_full_attention() -> None:
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 8}
+    assert list(layers_that_must_stay(config)) == [7]
+    with pytest.raises(UserError, match="needs one: keep one of 3, 7"):
+        rewrite_config(config, [0, 1, 2])
+    assert rewrite_config(config, [2, 3])[0]["layer_types"] == ["linear_attention", FULL]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", []), ("qwen3_vl", [0, 1]), ("gemma3", []), ("llava", [])]
+)
+def test_layers_that_must_stay(family: str, layers: list[int]) -> None:
+    config = json.loads(PICO_CONFIGS[family]().to_json_string())
+    assert list(layers_that_must_stay(config)) == layers
+    assert layers_that_must_stay({"model_type": "my_own", "num_hidden_layers": 4}) == {}
 
 
 def test_draft_layers_stay_behind_the_layers() -> None:

@@ -15,8 +15,8 @@ SETTINGS = (
     "selection.first_round_steps=2", "selection.round_steps=2", "selection.batch_size=2",
     "selection.num_candidates=2", "transfer.steps=3", "transfer.batch_size=2",
 )  # fmt: skip
-# By what is special: plain, windows, tied, norms behind branches, fused tensors, absolute positions,
-# experts, linear attention, side results, draft layers, image towers.
+# By what is special: plain, windows, tied, norms behind branches, fused tensors, absolute
+# positions, experts, linear attention, side results, draft layers, image towers.
 SHARDED = (
     "mistral", "qwen2", "gemma2", "phi3", "gpt2", "opt", "qwen3_moe", "qwen3_next", "llama4_text",
     "gptj", "deepseek_v3", "gemma3", "llava",
@@ -34,15 +34,13 @@ def test_prune_and_prove(family: str, dtype: torch.dtype, tmp_path: Path) -> Non
     sharded = dtype == torch.bfloat16
     write_pico_checkpoint(family, dense, dtype=dtype, max_shard_size="60KB" if sharded else "50GB")
     text.write_text(pico_text(400), "utf-8")
-    settings = (*SETTINGS, "selection.protected=[0, 1]")
-    report = api.prune(dense, out, layers=2, data=[text], settings=settings, vllm="off")
+    report = api.prune(dense, out, layers=2, data=[text], settings=SETTINGS, vllm="off")
     assert report["proof"]["passed"]
     before, config = (_text_config(folder) for folder in (dense, out))
     if "layer_types" in config:
         assert config["layer_types"] == [before["layer_types"][i] for i in report["kept"]]
     stored = {path.name for path in out.glob("*.safetensors*")}
     assert ("model.safetensors.index.json" in stored) == (len(stored) > 1)
-    assert (len(stored) > 1) == sharded
 
 
 def _text_config(folder: Path) -> dict[str, Any]:
