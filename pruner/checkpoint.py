@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trsp.pruner.bounded_json import read_json_object
-from trsp.pruner.config_surgery import num_hidden_layers
+from trsp.pruner.config_surgery import num_draft_layers, num_hidden_layers
 from trsp.pruner.errors import UserError
+from trsp.pruner.quantization import SIDE_FILES, quantization_method
 from trsp.pruner.safetensors_header import Shard, TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 # config.json is about 2 kB; the index of a 100,000-tensor checkpoint about 10 MB.
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
@@ -63,8 +65,20 @@ class Checkpoint:
     fingerprint: str
     trust_remote_code: bool
 
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantized, by the config or a file beside it; None: they are not."""
+        for part in (self.config, language_config(self.config)):
+            for field in QUANTIZATION_FIELDS:
+                if isinstance(section := part.get(field), dict):
+                    return quantization_method(section)
+        return next((name for name in SIDE_FILES if (self.path / name).exists()), None)
+
     def source_layer(self, tensor_name: str) -> int | None:
-        """The decoder layer that a tensor belongs to; None for embeddings, final norm and head."""
+        """The number of the layer that a tensor belongs to; None for embeddings, norm and head.
+
+        Draft layers (num_nextn_predict_layers) have numbers from num_hidden_layers on.
+        """
         if not tensor_name.startswith(self.layer_prefix):
             return None
         match = _LAYER_NAME.match(tensor_name)
@@ -78,10 +92,15 @@ def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Che
         trust_remote_code: accept a config whose `auto_map` points to Python code.
     Raises:
         UserError: not a checkpoint of a decoder-only model in safetensors; damaged, incomplete, or
-            pointing outside its folder; config and weights differ in their layers; quantized;
+            pointing outside its folder; config and weights differ in their layers; GGUF;
             `auto_map` without `trust_remote_code`. The text names the file.
     """
     path = Path(path)
+    if path.suffix == ".gguf" or (path.is_dir() and _is_gguf_only(path)):
+        raise UserError(
+            f"{path}: GGUF is not read; llama.cpp prunes it: llama-quantize --prune-layers "
+            '"$(trsp map MAP --format llama-cpp)", with the layer map of the original checkpoint'
+        )
     if not path.is_dir():
         raise UserError(
             f"{path}: is not a folder; give the folder of a checkpoint (config.json and "
@@ -100,6 +119,10 @@ def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Che
         fingerprint=_fingerprint(config, tensors),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _is_gguf_only(path: Path) -> bool:
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -186,6 +209,12 @@ def load_model(
     """
     import torch
 
+    if checkpoint.quantization is not None:
+        raise UserError(
+            f"{checkpoint.path}: the weights are quantized ({checkpoint.quantization}): they can "
+            "be moved (trsp compact, trsp prune --keep), not computed with; use the unquantized "
+            "checkpoint and quantize the result"
+        )
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -208,8 +237,14 @@ def load_model(
             # So that a parameter of another shape is reported below, by name.
             ignore_mismatched_sizes=True,
         )
+    # Draft layers are no part of the model that transformers builds.
+    drafts = {
+        name
+        for name in checkpoint.tensors
+        if (checkpoint.source_layer(name) or 0) >= checkpoint.num_hidden_layers
+    }
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if problems := report.get(kind):
+        if problems := [entry for entry in report.get(kind) or () if entry not in drafts]:
             # A mismatch comes as (name, shape in the file, shape in the model).
             first = min(p if isinstance(p, str) else " ".join(map(str, p)) for p in problems)
             raise UserError(
@@ -310,16 +345,8 @@ def _read_config(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
                     "read that code, then pass --trust-remote-code"
                 )
     for part in _objects(config):
-        for field in ("quantization_config", "compression_config"):
-            if part.get(field) is not None:
-                raise UserError(
-                    f"{where}: {field} says the weights are quantized; prune the unquantized "
-                    "checkpoint and quantize the result"
-                )
         if part.get("transformers_weights") is not None:
             raise UserError(f"{where}: transformers_weights is not supported; remove the field")
-    if (path / "hf_quant_config.json").exists():
-        raise UserError(f"{path}: the weights are quantized; prune the unquantized checkpoint")
     if config.get("is_encoder_decoder"):
         raise UserError(f"{where}: is_encoder_decoder is true; only decoder-only models are pruned")
     return config
@@ -391,11 +418,8 @@ def _find_layers(
             groups.setdefault(match[1], set()).add(int(match[2]))
     if not groups:
         raise UserError(f"{path}: no tensor is named after a layer, as in model.layers.0.*")
-    fitting = [
-        prefix
-        for prefix, layers in groups.items()
-        if len(layers) == num_layers and max(layers) == num_layers - 1
-    ]
+    depths = {num_layers, num_layers + num_draft_layers(config)}
+    fitting = [prefix for prefix, layers in groups.items() if _reach(layers) in depths]
     language = [prefix for prefix in fitting if not _NOT_LANGUAGE.search(prefix)]
     # A vision tower may happen to have as many layers as the language model.
     chosen = fitting if len(fitting) == 1 else language
@@ -413,6 +437,11 @@ def _find_layers(
         f"{path}: config.json says {num_layers} layers, and in the weights {held}; "
         "they must agree, fetch the checkpoint again"
     )
+
+
+def _reach(layers: set[int]) -> int | None:
+    """How many layers there are, where they are numbered from 0 without a gap."""
+    return len(layers) if max(layers) == len(layers) - 1 else None
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> str:

@@ -16,8 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trsp.pruner.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, contained_file
-from trsp.pruner.config_surgery import num_hidden_layers, rewrite_config
+from trsp.pruner.bounded_json import read_json_object
+from trsp.pruner.checkpoint import (
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    QUANTIZATION_FIELDS,
+    WEIGHTS_NAME,
+    Checkpoint,
+    contained_file,
+)
+from trsp.pruner.config_surgery import num_draft_layers, num_hidden_layers, rewrite_config
 from trsp.pruner.durable import (
     MANIFEST_NAME,
     format_bytes,
@@ -28,6 +36,7 @@ from trsp.pruner.durable import (
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.layer_map import ConfigChange, LayerMap, write_layer_map
 from trsp.pruner.progress import Progress, silent
+from trsp.pruner.quantization import SIDE_FILES, Renumbering, rewrite_quantization
 from trsp.pruner.safetensors_header import TensorEntry, header_bytes
 
 LAYER_MAP_NAME = "layer_map.json"
@@ -78,6 +87,7 @@ class CompactionPlan:
     Attributes:
         layer_map: the map to publish, with its config_changes.
         config: the new config.json.
+        side_files: by name, what the files that speak of quantization once more become.
         shards: the output shards.
         companions: files copied unchanged, such as the tokenizer's; relative names.
         num_bytes_read, num_bytes_written: of weights and companions.
@@ -86,6 +96,7 @@ class CompactionPlan:
     checkpoint: Checkpoint
     layer_map: LayerMap
     config: Mapping[str, Any]
+    side_files: Mapping[str, Mapping[str, Any]]
     shards: tuple[ShardPlan, ...]
     companions: tuple[str, ...]
     num_bytes_read: int
@@ -140,7 +151,12 @@ def plan_compaction(checkpoint: Checkpoint, layer_map: LayerMap) -> CompactionPl
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error
     assert num_hidden_layers(config) == len(layer_map.kept)
+    config, quantization_changes, side_files = _rewrite_quantization(checkpoint, layer_map, config)
     layers = {old: new for new, old in enumerate(layer_map.kept)}
+    # Draft layers stand behind the decoder layers, whatever their number.
+    num_layers = checkpoint.num_hidden_layers
+    drafts = range(num_draft_layers(checkpoint.config))
+    layers |= {num_layers + n: len(layer_map.kept) + n for n in drafts}
     kept: dict[str, list[tuple[str, TensorEntry]]] = {}
     for entry in checkpoint.tensors.values():
         old = checkpoint.source_layer(entry.name)
@@ -172,13 +188,55 @@ def plan_compaction(checkpoint: Checkpoint, layer_map: LayerMap) -> CompactionPl
     copied = sum((checkpoint.path / name).stat().st_size for name in companions)
     return CompactionPlan(
         checkpoint=checkpoint,
-        layer_map=replace(layer_map, config_changes=changes),
+        layer_map=replace(layer_map, config_changes=(*changes, *quantization_changes)),
         config=config,
+        side_files=side_files,
         shards=tuple(shards),
         companions=companions,
         num_bytes_read=copied + sum(e.num_bytes for shard in shards for _, e in shard.tensors),
         num_bytes_written=copied + sum(shard.num_bytes for shard in shards),
     )
+
+
+def _rewrite_quantization(
+    checkpoint: Checkpoint, layer_map: LayerMap, config: dict[str, Any]
+) -> tuple[dict[str, Any], list[ConfigChange], dict[str, dict[str, Any]]]:
+    """What config.json and the files beside it say of quantization, for the layers that stay."""
+    renumbering = Renumbering(
+        prefix=checkpoint.layer_prefix,
+        kept=layer_map.kept,
+        num_layers=checkpoint.num_hidden_layers,
+        modules=frozenset(name.rpartition(".")[0] for name in checkpoint.tensors),
+    )
+
+    def rewrite(section: Any, where: str) -> dict[str, Any]:
+        if not isinstance(section, dict):
+            raise UserError(f"{checkpoint.path}: {where} is {_brief(section)}, expected an object")
+        try:
+            return rewrite_quantization(section, renumbering)
+        except UserError as error:
+            raise UserError(f"{checkpoint.path}: {where}: {error}") from error
+
+    changes: list[ConfigChange] = []
+
+    def rewrite_part(part: dict[str, Any], prefix: str) -> dict[str, Any]:
+        new = dict(part)
+        for field in QUANTIZATION_FIELDS:
+            if part.get(field) is not None:
+                new[field] = rewrite(part[field], prefix + field)
+                if new[field] != part[field]:
+                    changes.append(ConfigChange(prefix + field, part[field], new[field]))
+        return new
+
+    config = rewrite_part(config, "")
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = rewrite_part(config["text_config"], "text_config.")
+    side_files = {}
+    for name in SIDE_FILES:
+        if (checkpoint.path / name).exists():
+            file = contained_file(checkpoint.path, name)
+            side_files[name] = rewrite(read_json_object(file, max_bytes=MAX_CONFIG_BYTES), name)
+    return config, changes, side_files
 
 
 def compact(
@@ -213,12 +271,13 @@ def compact(
     if checkpoint.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: holds the checkpoint that is read; choose another output folder")
     reserved = {"config.json", INDEX_NAME, LAYER_MAP_NAME, MANIFEST_NAME, *plan.companions}
+    reserved |= set(plan.side_files)
     reserved |= {shard.name for shard in plan.shards}
     for name in extra_files or {}:
         if name in reserved or Path(name).name != name:
             raise ValueError(f"extra file {name!r} is a name in use or no base name")
     if (checkpoint.path / MANIFEST_NAME).exists():
-        used = {"config.json", INDEX_NAME, *plan.companions}
+        used = {"config.json", INDEX_NAME, *plan.companions, *plan.side_files}
         used |= {shard.name for shard in checkpoint.shards}
         verify_manifest(checkpoint.path, names=used, progress=progress)
     total = sum(shard.num_bytes for shard in plan.shards)
@@ -238,7 +297,8 @@ def compact(
             digests[shard.name] = _write_shard(checkpoint, shard, folder / shard.name, advance)
         if len(plan.shards) > 1:
             _write_json(folder / INDEX_NAME, _index(plan))
-        _write_json(folder / "config.json", plan.config)
+        for name, document in {"config.json": plan.config, **plan.side_files}.items():
+            _write_json(folder / name, document)
         copy_companions(checkpoint, folder)
         write_layer_map(plan.layer_map, folder / LAYER_MAP_NAME)
         for name, content in (extra_files or {}).items():

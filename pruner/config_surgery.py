@@ -64,7 +64,6 @@ _REFUSED: dict[str, tuple[int, ...]] = {
     "num_kv_shared_layers": (0,),
     "per_layer_config": (),
     "pruned_heads": (),
-    "quantization_config": (),
     "scale_attn_by_inverse_layer_idx": (),
     "scale_depth": (),
     "sliding_window_pattern": (1,),
@@ -77,7 +76,10 @@ _NOT_PER_LAYER = {
     "label2id", "long_factor", "mrope_section", "pad_token_id", "short_factor", "suppress_tokens",
     "vision_feature_layer",
 }  # fmt: skip
-_SUB_CONFIGS = {"audio_config", "text_config", "vision_config"}
+# What quantization says of layers is rewritten where the modules are known (quantization.py).
+_SUB_CONFIGS = {
+    "audio_config", "compression_config", "quantization_config", "text_config", "vision_config",
+}  # fmt: skip
 _SPEAKS_OF_LAYERS = re.compile(
     r"layer|block|depth|mtp|nextn|idx|index|indices|_ids$|every|interval|period|pattern"
 )
@@ -204,6 +206,13 @@ def num_hidden_layers(config: Mapping[str, Any]) -> int:
     return int(next(iter(named.values())))
 
 
+def num_draft_layers(config: Mapping[str, Any]) -> int:
+    """How many layers for drafting further tokens the config names, behind the decoder layers."""
+    section = config if config.get("text_config") is None else config["text_config"]
+    counts = [section.get(name) for name in _DRAFT_COUNTS]
+    return max((count for count in counts if type(count) is int and count > 0), default=0)
+
+
 def _check_kept(kept: Sequence[int], num_layers: int) -> None:
     if not kept:
         raise UserError("no layer is kept, at least one must be")
@@ -225,7 +234,7 @@ def _carry_over(
 ) -> dict[str, Any]:
     """Each field for the kept layers; what cannot be is added to `refusals`."""
     own_fields = family.own_fields()
-    num_drafts = _num_drafts(section)
+    num_drafts = num_draft_layers(section)
     new: dict[str, Any] = {}
     for name, value in section.items():
         new[name] = copy.deepcopy(value)
@@ -311,12 +320,6 @@ def _index_list(section: Mapping[str, Any], name: str) -> list[int] | None:
     if listed is not None and not isinstance(listed, list | tuple):
         raise UserError(f"config.json: {name} is {brief(listed)}, expected a list")
     return None if listed is None else list(listed)
-
-
-def _num_drafts(section: Mapping[str, Any]) -> int:
-    """How many layers for drafting stand behind the decoder layers."""
-    counts = [section.get(name) for name in _DRAFT_COUNTS]
-    return max((count for count in counts if type(count) is int and count > 0), default=0)
 
 
 def _fed_layers_that_go(

@@ -235,7 +235,10 @@ def _source_name(checkpoint: Checkpoint, layers: LayerMap, base: Checkpoint, nam
     if layer is None:
         return name
     rest = name.removeprefix(f"{checkpoint.layer_prefix}{layer}.")
-    return f"{base.layer_prefix}{layers.kept[layer]}.{rest}"
+    num_kept = len(layers.kept)
+    draft = base.num_hidden_layers + layer - num_kept
+    source_layer = layers.kept[layer] if layer < num_kept else draft
+    return f"{base.layer_prefix}{source_layer}.{rest}"
 
 
 def _open_shards(stack: ExitStack, checkpoint: Checkpoint) -> dict[str, BinaryIO]:

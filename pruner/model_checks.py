@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp.pruner.checkpoint import Checkpoint, language_config, load_model
 from trsp.pruner.families import decoder_layers, text_config
-from trsp.pruner.folder_checks import CheckFailed, Finding
+from trsp.pruner.folder_checks import CheckFailed, CheckSkipped, Finding
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.probes import (
     TIE_TOLERANCE,
@@ -71,6 +71,11 @@ class ModelChecks:
 
     def load(self) -> Finding:
         """Load our model in fp32: no key missing, unexpected or of another shape."""
+        if self.checkpoint.quantization is not None:
+            raise CheckSkipped(
+                f"the weights are quantized ({self.checkpoint.quantization}): they were moved, and "
+                "are not computed with here"
+            )
         self._model = self._load(self.checkpoint, torch.float32)
         self._attributes = [_attributes(layer) for layer in decoder_layers(self._model)]
         language = text_config(self._model)

@@ -72,6 +72,7 @@ def prune(
             run.check_target()
         run.refuse_same_files()
         _require_text(recipe, given)
+        run.require_trainable()
         if recipe.auto is not None:
             count_held_out(recipe.calibration.num_sequences, recipe.auto.held_out)
         # Before the text: with `--data self` the model writes it, which takes a while.
@@ -175,6 +176,7 @@ def plan(
         )
         _keep_inputs_safe(run, out, None)
         run.check_target()
+        run.require_trainable()
         run.folder.require_free(resume=resume, overwrite=overwrite)
         calibration = run.calibration(resume=resume)
         if calibration is None:
@@ -213,6 +215,7 @@ def describe(
     run.refuse_same_files()
     run.check_evaluation_text(None if run.writes_text else run.calibration())
     _require_text(recipe, given)
+    run.require_trainable()
     has_text, num_sequences = bool(recipe.calibration.data), recipe.calibration.num_sequences
     if has_text:
         length = sequence_length(checkpoint, recipe.calibration.sequence_length)

@@ -28,7 +28,7 @@ from trsp.pruner.checkpoint import (
     sample_weights,
 )
 from trsp.pruner.compaction import copy_companions
-from trsp.pruner.config_surgery import layers_that_must_stay, rewrite_config
+from trsp.pruner.config_surgery import layers_that_must_stay, num_draft_layers, rewrite_config
 from trsp.pruner.cost import StageCost
 from trsp.pruner.durable import publish_folder, require_free_space
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -168,6 +168,23 @@ class Run:
         removable = [layer for layer in range(num_layers) if layer not in protected]
         trial = sorted(set(range(num_layers)) - set(removable[:count]))
         rewrite_config(dict(self.checkpoint.config), trial)
+
+    def require_trainable(self) -> None:
+        """Refuse text for quantized weights; say what training does to draft layers."""
+        if not self.recipe.calibration.data:
+            return
+        if self.checkpoint.quantization is not None:
+            raise UserError(
+                f"{self.checkpoint.path}: the weights are quantized "
+                f"({self.checkpoint.quantization}), and neither stage can run on them; prune the "
+                "unquantized checkpoint and quantize the result, or name the layers (--keep, "
+                "--map) and give no text"
+            )
+        if self.recipe.transfer.enabled and num_draft_layers(self.checkpoint.config):
+            self.texts.warnings.append(
+                "layers for drafting (num_nextn_predict_layers) are not carried through stage 2: "
+                "transformers does not load them; serve the result without speculative decoding"
+            )
 
     def protected_layers(self) -> frozenset[int]:
         """Layers that no selection takes: the recipe's, and those that the family needs."""

@@ -153,6 +153,11 @@ def open_served_layers(
             of its config cannot be carried over.
     """
     checkpoint = open_checkpoint(base, trust_remote_code=trust_remote_code)
+    if checkpoint.quantization is not None:
+        raise UserError(
+            f"{checkpoint.path}: the weights are quantized ({checkpoint.quantization}), which is "
+            "not served over a layer map; write the shallower checkpoint with trsp compact"
+        )
     plan = plan_compaction(checkpoint, layer_map)
     found, expected = sample_weights(checkpoint), layer_map.base_model.weights_sha256
     # Here alone: compaction may delete the chosen layers of other weights on purpose.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trsp.pruner.checkpoint import Checkpoint, contained_file
+from trsp.pruner.config_surgery import num_draft_layers
 from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap
 
@@ -28,15 +29,22 @@ class LayerRenumbering:
         prefix: what stands before a layer's number, as in "model.layers.".
         kept: source layers, ascending; the position of one is its new number.
         num_source_layers: layers of the dense model.
+        num_drafts: layers for drafting that stand behind them, and stay behind the kept ones.
     """
 
     prefix: str
     kept: tuple[int, ...]
     num_source_layers: int
+    num_drafts: int = 0
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, layer_map: LayerMap) -> "LayerRenumbering":
-        return cls(checkpoint.layer_prefix, layer_map.kept, checkpoint.num_hidden_layers)
+        return cls(
+            checkpoint.layer_prefix,
+            layer_map.kept,
+            checkpoint.num_hidden_layers,
+            num_draft_layers(checkpoint.config),
+        )
 
     def rename(self, name: str) -> str | None:
         """The tensor's name in the pruned model; None where its layer is dropped.
@@ -49,11 +57,14 @@ class LayerRenumbering:
             return name
         number, dot, rest = name.removeprefix(self.prefix).partition(".")
         source_layer = int(number) if _LAYER_NUMBER.fullmatch(number) else None
-        if not dot or source_layer is None or source_layer >= self.num_source_layers:
+        num_all = self.num_source_layers + self.num_drafts
+        if not dot or source_layer is None or source_layer >= num_all:
             raise UserError(
                 f"tensor {name!r} is in the layer stack {self.prefix}*, and {number!r} is none of "
-                f"its layers 0 to {self.num_source_layers - 1}; the layer map says nothing of it"
+                f"its layers 0 to {num_all - 1}; the layer map says nothing of it"
             )
+        if source_layer >= self.num_source_layers:
+            return f"{self.prefix}{source_layer - self.num_source_layers + len(self.kept)}.{rest}"
         if source_layer not in self.kept:
             return None
         return f"{self.prefix}{self.kept.index(source_layer)}.{rest}"

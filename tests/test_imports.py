@@ -20,13 +20,21 @@ OURS = {
 }
 RESTRICTED = {"vllm": {"serving", "bench", "tests"}, "triton": {"kernels", "bench", "tests"}}
 KERNELS_NEED = {"torch", "triton"}
-SERVING_READS = {"bounded_json", "checkpoint", "compaction", "durable", "errors", "layer_map"}
+SERVING_READS = {
+    "config_surgery",
+    "bounded_json",
+    "checkpoint",
+    "compaction",
+    "durable",
+    "errors",
+    "layer_map",
+}
 
 # A module imports only what stands before it: no cycles, and a place for every newcomer.
 PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
     ("recipe", "token_ids", "safetensors_header"),
-    ("layer_rules", "family_registry", "config_surgery", "checkpoint"),
+    ("layer_rules", "family_registry", "config_surgery", "quantization", "checkpoint"),
     ("mergekit_slices", "keep_lists", "adapter_names", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
