@@ -237,14 +237,11 @@ def load_model(
             # So that a parameter of another shape is reported below, by name.
             ignore_mismatched_sizes=True,
         )
-    # Draft layers are no part of the model that transformers builds.
-    drafts = {
-        name
-        for name in checkpoint.tensors
-        if (checkpoint.source_layer(name) or 0) >= checkpoint.num_hidden_layers
-    }
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if problems := [entry for entry in report.get(kind) or () if entry not in drafts]:
+        problems = report.get(kind) or ()
+        if kind == "unexpected_keys":
+            problems = [name for name in problems if not _is_of_a_draft(checkpoint, name)]
+        if problems:
             # A mismatch comes as (name, shape in the file, shape in the model).
             first = min(p if isinstance(p, str) else " ".join(map(str, p)) for p in problems)
             raise UserError(
@@ -253,6 +250,12 @@ def load_model(
             )
     loaded: PreTrainedModel = model.to(target).eval()
     return loaded
+
+
+def _is_of_a_draft(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is of a draft layer, which transformers does not build."""
+    layer = checkpoint.source_layer(name)
+    return layer is not None and layer >= checkpoint.num_hidden_layers
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:
@@ -418,6 +421,13 @@ def _find_layers(
             groups.setdefault(match[1], set()).add(int(match[2]))
     if not groups:
         raise UserError(f"{path}: no tensor is named after a layer, as in model.layers.0.*")
+    for prefix in groups:
+        # Without is_encoder_decoder in its config such a model would pass for its decoder.
+        if prefix.replace("encoder.", "decoder.") in groups.keys() - {prefix}:
+            raise UserError(
+                f"{path}: has two stacks of layers, an encoder's ({prefix}*) and a decoder's; only "
+                "decoder-only models are pruned"
+            )
     depths = {num_layers, num_layers + num_draft_layers(config)}
     fitting = [prefix for prefix, layers in groups.items() if _reach(layers) in depths]
     language = [prefix for prefix in fitting if not _NOT_LANGUAGE.search(prefix)]

@@ -213,9 +213,9 @@ def describe(
     lines = [f"model      {model}: {num_layers} layers"]
     given = _given_map(run, layer_map)
     run.refuse_same_files()
+    run.require_trainable()
     run.check_evaluation_text(None if run.writes_text else run.calibration())
     _require_text(recipe, given)
-    run.require_trainable()
     has_text, num_sequences = bool(recipe.calibration.data), recipe.calibration.num_sequences
     if has_text:
         length = sequence_length(checkpoint, recipe.calibration.sequence_length)

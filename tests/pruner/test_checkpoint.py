@@ -315,10 +315,6 @@ def remove_weights(folder: Path) -> None:
         path.unlink()
 
 
-def quantize_text_config(folder: Path) -> None:
-    edit_json(folder / "config.json", text_config={"quantization_config": {"bits": 4}})
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -338,7 +334,6 @@ def quantize_text_config(folder: Path) -> None:
         (repeat_tensor, "is in two shards"),
         (leave_stale_index, "has both model.safetensors and"),
         (remove_weights, "has no weights"),
-        (quantize_text_config, "quantization_config says the weights are quantized"),
     ],
 )
 def test_damaged_folders_are_refused_by_name(
@@ -353,7 +348,6 @@ def test_damaged_folders_are_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantize the result"),
         ({"transformers_weights": "../other.safetensors"}, "transformers_weights"),
         ({"is_encoder_decoder": True}, "only decoder-only models"),
         ({"auto_map": {"AutoConfig": "code.Config"}}, "pass --trust-remote-code"),
@@ -372,7 +366,6 @@ def test_configs_that_load_something_else_are_refused(
     ("name", "message"),
     [
         ("adapter_config.json", "merge it into its base model"),
-        ("hf_quant_config.json", "quantized"),
     ],
 )
 def test_folders_of_other_kinds_are_refused(model: Path, name: str, message: str) -> None:

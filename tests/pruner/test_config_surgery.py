@@ -458,7 +458,6 @@ DEPENDENT = [
     ("num_kv_shared_layers", 2, 0),
     ("per_layer_config", {"1": {"intermediate_size": 8}}, {}),
     ("pruned_heads", {"0": [1]}, {}),
-    ("quantization_config", {"quant_method": "gptq"}, None),
     ("scale_attn_by_inverse_layer_idx", True, False),
     ("scale_depth", 1.4, None),
     ("sliding_window_pattern", 2, 1),
