@@ -269,7 +269,7 @@ def gptj() -> PreTrainedConfig:
 def falcon() -> PreTrainedConfig:
     """As Falcon-40B: a norm for each branch, grouped heads."""
     return FalconConfig(
-        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=NUM_LAYERS,
+        **_TOKENS, vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True,
         max_position_embeddings=64,
     )  # fmt: skip

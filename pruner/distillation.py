@@ -8,6 +8,7 @@ N sequences, T tokens, D hidden size, V vocabulary.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +20,43 @@ from trsp.pruner.families import text_config
 from trsp.pruner.progress import Progress, silent
 
 
+@dataclass(frozen=True)
+class Head:
+    """A model's way from last hidden states to logits: cap * tanh(scale * W h / cap).
+
+    Attributes:
+        scale: the constant by which Granite and Cohere multiply what the projection gives.
+        soft_cap: Gemma 2's; None where there is none.
+    """
+
+    projection: nn.Module
+    scale: float
+    soft_cap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V]."""
+        logits: Tensor = self.projection(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        cap = self.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 class Teacher:
     """Logits of the model as it was when this was made, for the sequences it was made with."""
 
-    def __init__(self, head: nn.Module, soft_cap: float | None, hidden: Tensor) -> None:
+    def __init__(self, head: Head, hidden: Tensor) -> None:
         self._head = head
-        self._soft_cap = soft_cap
         self._hidden = hidden
 
     @torch.no_grad()
     def logits(self, sequences: list[int]) -> Tensor:
         """Logits [B, T, V] of these calibration sequences, on the head's device."""
-        return _apply_head(self._head, self._soft_cap, self.hidden(sequences))
+        return self._head.logits(self.hidden(sequences))
 
     def hidden(self, sequences: list[int]) -> Tensor:
         """Last hidden states [B, T, D] of these calibration sequences, on the head's device."""
-        return self._hidden[sequences].to(next(self._head.parameters()).device)
-
-
-def _apply_head(head: nn.Module, soft_cap: float | None, hidden: Tensor) -> Tensor:
-    logits: Tensor = head(hidden)
-    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        return self._hidden[sequences].to(next(self._head.projection.parameters()).device)
 
 
 @torch.no_grad()
@@ -53,11 +70,11 @@ def record_teacher(
     Raises:
         UserError: the head does something to its logits that the copy does not reproduce.
     """
-    head = model.get_output_embeddings()
-    if head is None:
+    projection = model.get_output_embeddings()
+    if projection is None:
         raise UserError(f"{type(model).__name__} has no output head to distil from")
-    soft_cap = getattr(text_config(model), "final_logit_softcapping", None)
-    teacher_head = copy.deepcopy(head).requires_grad_(False)
+    copied = copy.deepcopy(projection).requires_grad_(False)
+    head: Head | None = None
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -65,7 +82,7 @@ def record_teacher(
 
     was_training = model.training
     model.eval()
-    handle = head.register_forward_pre_hook(keep)
+    handle = projection.register_forward_pre_hook(keep)
     stored: Tensor | None = None
     try:
         for start in range(0, len(input_ids), batch_size):
@@ -73,7 +90,7 @@ def record_teacher(
             logits = model(input_ids=batch, use_cache=False).logits
             hidden = seen.pop()
             if stored is None:
-                _require_same_logits(model, logits, _apply_head(teacher_head, soft_cap, hidden))
+                head = _find_head(model, copied, hidden, logits)
                 stored = hidden.new_empty((*input_ids.shape, hidden.shape[-1]), device="cpu")
             stored[start : start + len(batch)] = hidden.cpu()
             progress("recording the teacher", start + len(batch), len(input_ids))
@@ -81,15 +98,28 @@ def record_teacher(
         handle.remove()
         model.train(was_training)
     assert stored is not None, "there is at least one calibration sequence"
-    return Teacher(teacher_head, soft_cap, stored)
+    assert head is not None, "found with the first sequence"
+    return Teacher(head, stored)
 
 
-def _require_same_logits(model: PreTrainedModel, logits: Tensor, replayed: Tensor) -> None:
-    scale = float(logits.float().abs().max())
-    worst = float((logits.float() - replayed.float()).abs().max())
-    if worst > 1e-2 * scale:
+def _find_head(
+    model: PreTrainedModel, projection: nn.Module, hidden: Tensor, logits: Tensor
+) -> Head:
+    """The head that makes these logits of these hidden states; its scale is what they tell."""
+    soft_cap = getattr(text_config(model), "final_logit_softcapping", None)
+    bare = projection(hidden).double()
+    scale = 1.0
+    if soft_cap is None and bool(bare.any()):
+        scale = float((logits.double() * bare).sum() / bare.square().sum())
+        # A model without a scale shows 1 up to the rounding of its dtype.
+        scale = 1.0 if abs(scale - 1) < 1e-3 else scale
+    head = Head(projection, scale, soft_cap)
+    largest = float(logits.float().abs().max())
+    worst = float((logits.float() - head.logits(hidden).float()).abs().max())
+    if worst > 1e-2 * largest:
         raise UserError(
             f"{type(model).__name__} changes its logits after the output head (off by {worst:.3g} "
-            f"of {scale:.3g}); distil from labels instead: --set transfer.distill_weight=0 "
+            f"of {largest:.3g}); distil from labels instead: --set transfer.distill_weight=0 "
             "--set transfer.label_weight=1"
         )
+    return head

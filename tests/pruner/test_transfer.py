@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trsp.bench.pico_checkpoint import make_pico_model
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.distillation import record_teacher
 from trsp.pruner.errors import RunError, UserError
@@ -154,10 +155,10 @@ def test_the_teacher_reproduces_the_dense_model(model: PreTrainedModel, tokens: 
 def test_a_head_whose_logits_change_afterwards_is_refused(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    def double(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        return output * 2
+    def bend(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        return output + output.abs()
 
-    handle = model.get_output_embeddings().register_forward_hook(double)
+    handle = model.get_output_embeddings().register_forward_hook(bend)
     with pytest.raises(UserError, match=r"transfer.distill_weight=0"):
         record_teacher_without_hooks(model, tokens)
     handle.remove()
@@ -296,3 +297,18 @@ def test_adapters_are_taken_off_a_model_whose_training_fails(
     with pytest.raises(RunError):
         run(model, tokens, lora=LoraRecipe(rank=2), learning_rate=1e30)
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("family", "scale"), [("granite", 1 / 8), ("cohere2", 0.0625), ("gemma2", 1.0), ("llama", 1.0)]
+)
+def test_the_teacher_makes_the_logits_of_families_that_scale_or_cap_them(
+    family: str, scale: float
+) -> None:
+    model = make_pico_model(family)
+    tokens = torch.arange(3, 43).view(2, 20)
+    teacher = record_teacher(model, tokens, batch_size=1)
+    assert teacher._head.scale == pytest.approx(scale, rel=1e-5)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(teacher.logits([0, 1]), logits, rtol=1e-5, atol=1e-6)
