@@ -304,7 +304,8 @@ def _write_indices(
     listed = _index_list(section, name)
     chosen = range(step - 1, num_layers, step) if listed is None else listed
     wanted = [layer for layer, old in enumerate(kept) if old in chosen]
-    steps = (step, *range(1, len(kept) + 1))
+    # A step beyond the last layer says that none is chosen.
+    steps = range(1, len(kept) + 2)
     fitting = (s for s in steps if list(range(s - 1, len(kept), s)) == wanted)
     new_step = next(fitting, None)
     if listed is not None or new_step != step:

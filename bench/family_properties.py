@@ -1,0 +1,237 @@
+"""`python -m trsp.bench.family_properties`: what must hold of every compaction, on every family.
+
+For random keep lists of a family's pico model, through the real files on disk:
+
+    masked       the cut has the logits of the dense model with those layers masked, bit for bit
+    cache        greedy tokens are the same with the KV cache on and off
+    again        cutting nothing off the cut gives the same files; so does saving it by transformers
+    prefix       the first n removals of an order give the files of that keep list
+    composed     a cut of the cut gives the files of one cut to the layers that both keep
+
+Two checkpoints of a family take turns: fp32 in one file, bf16 in shards; both run in fp32.
+"""
+
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from trsp.bench.pico_checkpoint import write_pico_checkpoint
+from trsp.bench.pico_families import PICO_CONFIGS
+from trsp.bench.record import environment, write_record
+from trsp.pruner.checkpoint import Checkpoint, load_model, open_checkpoint
+from trsp.pruner.compaction import compact
+from trsp.pruner.config_surgery import layers_that_must_stay, rewrite_config
+from trsp.pruner.console import ErrorsAsExitCodes
+from trsp.pruner.errors import RunError, UserError
+from trsp.pruner.gated_model import GatedModel
+from trsp.pruner.layer_map import LayerMap
+from trsp.pruner.probes import agreement, continuation_logits, continue_with_cache, make_probes
+from trsp.pruner.run import base_model_of
+
+PROPERTIES = ("masked", "cache", "again", "prefix", "composed")
+# A cut tells of its history in these, and the same cut may have several.
+_HISTORIES = {"layer_map.json", "manifest.json"}
+_SHARD_SIZE = "100KB"
+
+
+class Subject:
+    """A family's pico checkpoint on disk, and its model in memory."""
+
+    def __init__(self, name: str, folder: Path, *, sharded: bool) -> None:
+        self.folder = folder
+        dense = folder / "dense"
+        if sharded:
+            write_pico_checkpoint(name, dense, dtype=torch.bfloat16, max_shard_size=_SHARD_SIZE)
+        else:
+            write_pico_checkpoint(name, dense)
+        self.checkpoint = open_checkpoint(dense)
+        self.model = _load(self.checkpoint)
+        self.num_layers = self.checkpoint.num_hidden_layers
+        self.must_stay = frozenset(layers_that_must_stay(self.checkpoint.config))
+        self._num_cuts = 0
+
+    def cut(self, source: Checkpoint, layer_map: LayerMap) -> Path:
+        """A compaction in a folder of its own."""
+        self._num_cuts += 1
+        return compact(source, layer_map, self.folder / f"cut-{self._num_cuts}")
+
+    def draw(self, generator: random.Random) -> list[int]:
+        """A keep list: any layers, with those that must stay, and not all."""
+        free = [layer for layer in range(self.num_layers) if layer not in self.must_stay]
+        fewest = 0 if self.must_stay else 1
+        chosen = generator.sample(free, generator.randint(fewest, len(free) - 1))
+        return sorted({*chosen, *self.must_stay})
+
+
+def check_keep_list(subject: Subject, kept: Sequence[int], generator: random.Random) -> int:
+    """Try every property on one keep list; the number of cases.
+
+    Raises:
+        AssertionError: one does not hold; the text names it and the layers.
+        UserError, RunError: a compaction that is refused or fails.
+    """
+    base = base_model_of(subject.checkpoint)
+    direct = subject.cut(subject.checkpoint, LayerMap.from_keep(base, kept))
+    cut = open_checkpoint(direct)
+    model = _load(cut)
+    where = f"kept {list(kept)}"
+    dropped = [layer for layer in range(subject.num_layers) if layer not in kept]
+    assert torch.equal(_logits(model), _masked_logits(subject.model, dropped)), f"masked, {where}"
+    _check_cache(model, where)
+
+    whole = LayerMap.from_keep(base_model_of(cut), range(len(kept)))
+    assert _files(subject.cut(cut, whole)) == _files(direct), f"again, {where}"
+    saved = subject.folder / f"saved-{direct.name}"
+    model.save_pretrained(saved)
+    reloaded = _load(open_checkpoint(saved))
+    assert torch.equal(_logits(reloaded), _logits(model)), f"again, saved by transformers, {where}"
+
+    generator.shuffle(dropped)
+    order = LayerMap.from_removal_order(base, dropped)
+    count = generator.randint(1, len(dropped))
+    prefix = order.prefix(count)
+    by_list = LayerMap.from_keep(base, prefix.kept)
+    by_prefix = subject.cut(subject.checkpoint, prefix)
+    assert _files(by_prefix) == _files(subject.cut(subject.checkpoint, by_list)), f"prefix, {where}"
+
+    inner = _draw_of(len(kept), layers_that_must_stay(cut.config), generator)
+    twice = subject.cut(cut, LayerMap.from_keep(base_model_of(cut), inner))
+    composed = LayerMap.from_keep(base, [kept[layer] for layer in inner])
+    once = subject.cut(subject.checkpoint, composed)
+    assert _weights(twice) == _weights(once), f"composed, {where}, then {inner}"
+    # One config may say in an interval what the other says in a list: what transformers makes of
+    # them is the same.
+    described = [AutoConfig.from_pretrained(folder).to_dict() for folder in (twice, once)]
+    for config in described:
+        del config["_name_or_path"]
+    assert described[0] == described[1], f"composed, config, {where}, then {inner}"
+    return len(PROPERTIES)
+
+
+def prove_family(name: str, num_lists: int, *, seed: int = 0) -> int:
+    """Try the properties on random keep lists of one family; the number of cases.
+
+    Raises:
+        AssertionError, UserError, RunError: see check_keep_list.
+    """
+    generator, cases = random.Random(f"{seed} {name}"), 0
+    for sharded in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            subject = Subject(name, Path(folder), sharded=sharded)
+            for _ in range((num_lists + (not sharded)) // 2):
+                cases += check_keep_list(subject, subject.draw(generator), generator)
+    return cases
+
+
+def refusal(name: str) -> str | None:
+    """Why a family cannot be cut at all; None where it can."""
+    config = PICO_CONFIGS[name]().to_dict()
+    kept = sorted({0, *layers_that_must_stay(config)})
+    try:
+        rewrite_config(config, kept)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    # In bf16 two sums of the same numbers may choose between near ties.
+    return load_model(checkpoint, dtype=torch.float32)
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=_tokens(), use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def _masked_logits(model: PreTrainedModel, dropped: Sequence[int]) -> Tensor:
+    with GatedModel(model) as gated, gated.masking(dropped):
+        return gated.logits(_tokens())
+
+
+def _tokens() -> Tensor:
+    return torch.arange(3, 43).view(2, 20)
+
+
+def _check_cache(model: PreTrainedModel, where: str) -> None:
+    probes = make_probes(model.config, None)
+    given = [continue_with_cache(model, probe) for probe in probes]
+    tokens = [continuation.tokens for continuation in given]
+    uncached = [continuation_logits(model, p, t) for p, t in zip(probes, tokens, strict=True)]
+    mismatch = agreement(probes, tokens, uncached).first_mismatch
+    assert not mismatch, f"cache, {where}: {mismatch}"
+
+
+def _draw_of(num_layers: int, must_stay: Any, generator: random.Random) -> list[int]:
+    chosen = generator.sample(range(num_layers), generator.randint(1, num_layers))
+    return sorted({*chosen, *must_stay})
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in _HISTORIES
+    }
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in _files(folder).items() if name.endswith(".safetensors")}
+
+
+app = typer.Typer(cls=ErrorsAsExitCodes, add_completion=False, pretty_exceptions_enable=False)
+
+
+# A group's only action rather than a command: groups are what turns errors into exit codes.
+@app.callback(invoke_without_command=True)
+def main(
+    lists: Annotated[int, typer.Option(min=1, help="keep lists of each family")] = 20,
+    family: Annotated[list[str] | None, typer.Option(help="repeatable; all")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="record to write")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Try the properties on random keep lists; exit 1 where one does not hold."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if unknown := sorted(set(family or ()) - set(PICO_CONFIGS)):
+        raise UserError(f"{unknown[0]!r} is unknown; choose from {', '.join(PICO_CONFIGS)}")
+    cases: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for name in family or PICO_CONFIGS:
+        reason = refusal(name)
+        if reason is not None:
+            refused[name] = reason
+            print(f"{name}: refused: {reason}", file=sys.stderr, flush=True)
+            continue
+        try:
+            cases[name] = prove_family(name, lists, seed=seed)
+            print(f"{name}: {cases[name]} cases", file=sys.stderr, flush=True)
+        except (AssertionError, UserError, RunError) as error:
+            failures[name] = str(error)
+            print(f"{name}: FAILED: {error}", file=sys.stderr, flush=True)
+    total = sum(cases.values())
+    print(f"{total} cases of {len(PROPERTIES)} properties in {len(cases)} families")
+    if out is not None:
+        record = {
+            "kind": "trsp family properties", "properties": list(PROPERTIES), "cases": cases,
+            "total": total, "failures": failures, "refused": refused, "seed": seed,
+            "environment": environment(),
+        }  # fmt: skip
+        write_record(out, record)
+    if failures:
+        raise RunError(f"failed: {', '.join(failures)}")
+
+
+if __name__ == "__main__":
+    app()
