@@ -42,7 +42,8 @@ def measure_family(name: str, columns: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         model_type, model_class, num_parameters; for each column its outcome: `status` (passed,
-        failed or refused) and `detail`, the proof's words or the error's.
+        failed or refused; for vLLM also "dense neither": it does not serve the unpruned model
+        either) and `detail`, the proof's words or the error's.
     """
     from trsp.bench.pico_checkpoint import make_pico_model
 
@@ -91,7 +92,31 @@ def _outcomes(name: str, folder: Path, columns: Sequence[str]) -> Iterator[tuple
         if made["status"] == "passed":
             proof = api.verify(cut, against=dense, vllm="required").to_document()
             served = {"status": "passed", "checks": proof["checks"]}
-        yield "vllm", _check(served, "vllm")
+        outcome = _check(served, "vllm")
+        if outcome["status"] == "failed" and (reason := _why_dense_is_not_served(dense)):
+            outcome = {"status": "dense neither", "detail": reason}
+        yield "vllm", outcome
+
+
+def _why_dense_is_not_served(dense: Path) -> str | None:
+    """What vLLM says of the unpruned model, or how it differs; None where it serves it well."""
+    from trsp.pruner.checkpoint import open_checkpoint
+    from trsp.pruner.folder_checks import CheckFailed
+    from trsp.pruner.model_checks import ModelChecks
+
+    checks = ModelChecks(open_checkpoint(dense), trust_remote_code=False, device="cpu")
+    checks.load()
+    checks.forward(None)
+    checks.kv_cache()
+    try:
+        checks.served(load_tokenizer=False, waiting=lambda: None)
+    except CheckFailed as failure:
+        return failure.finding.detail[:_MAX_DETAIL]
+    except RunError as error:
+        return str(error)[:_MAX_DETAIL]
+    finally:
+        checks.free()
+    return None
 
 
 def _tried(folder: Path, run: Any) -> Outcome:
@@ -128,15 +153,19 @@ def table_markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {name} ({row['model_class']}) | {' | '.join(cells)} |")
     if refused:
         lines += ["", "Refused:", "", *refused]
+    unserved = [
+        f"- `{name}`: {outcome['detail']}"
+        for name, row in record["families"].items()
+        if (outcome := row.get("vllm", {})).get("status") in ("failed", "dense neither")
+    ]
+    if unserved:
+        lines += ["", "Not served, in vLLM's words or by the difference:", "", *unserved]
     return "\n".join(lines)
 
 
 def _mark(outcome: Outcome | None) -> str:
-    if outcome is None:
-        return "not run"
-    return {"passed": "yes", "failed": "**no**", "refused": "refused", "skipped": "skipped"}[
-        outcome["status"]
-    ]
+    words = {"passed": "yes", "failed": "**no**"}
+    return "not run" if outcome is None else words.get(outcome["status"], outcome["status"])
 
 
 app = typer.Typer(cls=ErrorsAsExitCodes, add_completion=False, pretty_exceptions_enable=False)
