@@ -165,7 +165,7 @@ def table_markdown(record: dict[str, Any]) -> str:
 
 def _mark(outcome: Outcome | None) -> str:
     words = {"passed": "yes", "failed": "**no**"}
-    return "not run" if outcome is None else words.get(outcome["status"], outcome["status"])
+    return "not run" if outcome is None else words.get(outcome["status"], str(outcome["status"]))
 
 
 app = typer.Typer(cls=ErrorsAsExitCodes, add_completion=False, pretty_exceptions_enable=False)
