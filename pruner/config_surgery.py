@@ -83,8 +83,12 @@ _SUB_CONFIGS = {
 _SPEAKS_OF_LAYERS = re.compile(
     r"layer|block|depth|mtp|nextn|idx|index|indices|_ids$|every|interval|period|pattern"
 )
-# Speaks of layer norm, layer drop and the like: harmless as a single value.
-_HARMLESS = re.compile(r"norm|dropout|layer_?drop|_token_(id|index|ids)$|^block_size$")
+# Phrases that speak of nothing of the kind where the value is a single one; the rest of the name
+# may still do.
+_HARMLESS = re.compile(
+    r"layer_?norms?|layer_?drop(out)?|dropout_layers?|_token_(id|index|ids)$|"
+    r"^(block_size|ignore_index|use_parallel_block)$"
+)
 _NAMES_A_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+(\.|$)")
 
 
@@ -99,7 +103,8 @@ def rewrite_config(
     - the layer count, under each name it has;
     - lists with one entry for each layer: sliced. Where a config class would derive a list from
       an interval or a default, and would derive another one for fewer layers, the list is written;
-    - `max_window_layers`, `first_k_dense_replace`: the number of kept layers below it;
+    - `max_window_layers`, `first_k_dense_replace`: the number of kept layers below it, also where
+      it is left to the class;
     - lists of layer numbers (`mlp_only_layers` of Qwen MoE, `moe_layers` of Llama 4): renumbered,
       with the layers that an interval put there;
     - draft layers (`num_nextn_predict_layers`) stay, with their entries behind the layers' own.
@@ -138,7 +143,8 @@ def rewrite_config(
     if model_type not in supported:
         raise UserError(
             f"config.json: model_type is {brief(model_type)}, and nobody has checked whether its "
-            f"layers depend on their number; supported: {', '.join(supported)}"
+            f"layers depend on their number; supported: {', '.join(supported)}; for another one "
+            "add a file to pruner/family_data, as pruner/family_registry.py says"
         )
     _write_lists(section, new_section, kept, num_layers, family)
     kinds = _layer_kinds(section, family, num_layers)
@@ -245,13 +251,26 @@ def _carry_over(
                 new[name] = [*(new[name][layer] for layer in kept), *new[name][num_layers:]]
             else:
                 refusals.append(f"{prefix}{name} has {len(value)} entries, not {num_layers}")
-        elif name in _THRESHOLDS and type(value) is int:
-            # Beyond every layer it means none, at any depth; vLLM takes a threshold at the depth
-            # for something else, and would then serve mixed windows as none.
-            new[name] = value if value > num_layers else sum(layer < value for layer in kept)
+        elif name in _THRESHOLDS and value is not None:
+            if type(value) is int:
+                new[name] = _threshold(value, kept, num_layers)
+            else:
+                refusals.append(f"{prefix}{name} is {brief(value)}, not a whole number")
         elif name not in own_fields:
             refusals += _dependences(prefix + name, value, num_layers)
+    for name, value in family.thresholds.items():
+        if name not in section and (threshold := _threshold(value, kept, num_layers)) != value:
+            new[name] = threshold
     return new
+
+
+def _threshold(value: int, kept: Sequence[int], num_layers: int) -> int:
+    """The number of kept layers below a threshold.
+
+    Beyond every layer it means none, at any depth; vLLM takes a threshold at the depth for
+    something else, and would then serve mixed windows as none.
+    """
+    return value if value > num_layers else sum(layer < value for layer in kept)
 
 
 def _write_lists(
@@ -377,7 +396,6 @@ def _layer_kinds(section: Mapping[str, Any], family: Family, num_layers: int) ->
 def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
     """How a field that is not carried over depends on the layers, or may; nothing: it does not."""
     leaf = re.sub(r"\[\d+\]$", "", name.rpartition(".")[2])
-    single = not isinstance(value, list | tuple | dict)
     if leaf in _NOT_PER_LAYER or leaf in _SUB_CONFIGS:
         return
     if value is None or value is False or value in ("", [], (), {}):
@@ -390,7 +408,7 @@ def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
             return
     if leaf in _REFUSED:
         yield f"{name} is {brief(value)}"
-    elif _SPEAKS_OF_LAYERS.search(leaf) and not (single and _HARMLESS.search(leaf)):
+    elif _speaks_of_layers(leaf, value):
         yield f"{name} is {brief(value)} (unknown, its name speaks of layers)"
     elif isinstance(value, list | tuple) and len(value) == num_layers:
         yield f"{name} has {num_layers} entries (unknown, as many as layers)"
@@ -405,3 +423,10 @@ def _dependences(name: str, value: Any, num_layers: int) -> Iterator[str]:
                 yield from _dependences(f"{name}[{n}]", item, num_layers)
             elif _NAMES_A_LAYER.search(item):
                 yield f"{name} names a layer in {brief(item)}"
+
+
+def _speaks_of_layers(name: str, value: Any) -> bool:
+    """Whether a field's name says that it may depend on the layers."""
+    if not isinstance(value, list | tuple | dict):
+        name = _HARMLESS.sub("", name)
+    return _SPEAKS_OF_LAYERS.search(name) is not None

@@ -6,6 +6,8 @@ One file a family, family_data/NAME.toml:
     refused             why models of these types cannot be pruned; nothing else then
     sparse_step         experts by decoder_sparse_step and mlp_only_layers (Qwen MoE)
     also_intervals      fields that only feed a derived list, beside the rules' own
+    thresholds          fields under whose number layers are of one kind, with the number that the
+                        class fills in where config.json names none
     [lists.FIELD]       a per-layer list that the class derives: `rule` and its parameters
                         (layer_rules.py), in the order in which they depend on each other
     [indices.FIELD]     a list of layer numbers, derived from the field named `step`
@@ -27,8 +29,8 @@ from typing import Any
 from trsp.pruner.layer_rules import RULES, Rule
 
 _FIELDS = {
-    "model_types", "refused", "sparse_step", "also_intervals", "lists", "indices", "multimodal",
-    "feeds_first_layers",
+    "model_types", "refused", "sparse_step", "also_intervals", "thresholds", "lists", "indices",
+    "multimodal", "feeds_first_layers",
 }  # fmt: skip
 
 
@@ -39,6 +41,7 @@ class Family:
     Attributes:
         lists: rules of derived per-layer lists by field, in order.
         intervals: fields read only for those lists; removed where they no longer tell the truth.
+        thresholds: what the class has in a threshold that config.json does not name.
         steps: by the field of a list of layer numbers, the interval that it is derived from.
         sparse_step: decoder_sparse_step and mlp_only_layers say which layers have experts.
         refused: why its models cannot be pruned; None where they can.
@@ -46,6 +49,7 @@ class Family:
 
     lists: Mapping[str, Rule] = field(default_factory=dict)
     intervals: tuple[str, ...] = ()
+    thresholds: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, str] = field(default_factory=dict)
     sparse_step: bool = False
     refused: str | None = None
@@ -131,9 +135,13 @@ def _family(document: dict[str, Any]) -> Family:
             raise ValueError(f"the rule {rule!r} is unknown")
         lists[name] = RULES[rule](**words)
         intervals += [words["field"]] if "field" in words else []
+    thresholds = document.get("thresholds", {})
+    if unfit := [name for name, value in thresholds.items() if type(value) is not int]:
+        raise ValueError(f"the threshold {unfit[0]!r} is no whole number")
     return Family(
         lists=lists,
         intervals=tuple(intervals),
+        thresholds=thresholds,
         steps={name: entry["step"] for name, entry in document.get("indices", {}).items()},
         sparse_step=document.get("sparse_step", False),
     )

@@ -87,6 +87,7 @@ PICO: dict[str, dict[str, Any]] = {
     "gpt_oss": {**MODERN, **WINDOW, **LOCAL_EXPERTS},
     "gptj": {**GPT, "rotary_dim": 4},
     "granitemoe": {**MODERN, **LOCAL_EXPERTS},
+    "minicpm3": {**MODERN, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
     "ministral": {**MODERN, **WINDOW},
     "mistral": {**MODERN, **WINDOW},
     "mixtral": {**MODERN, **LOCAL_EXPERTS},
@@ -192,11 +193,18 @@ def test_the_config_describes_the_model_with_layers_skipped(model_type: str) -> 
     assert torch.equal(masked, compacted)
 
 
-def test_the_proof_above_sees_a_hidden_dependence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", ["diffllama", "minicpm3"])
+def test_the_proof_above_sees_a_hidden_dependence(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the refusals of these families are no mere caution."""
     known = registry()
-    planted = Registry({**known.families, "diffllama": Family()}, known.multimodal)
+    planted = Registry({**known.families, model_type: Family()}, known.multimodal)
     monkeypatch.setattr(config_surgery, "registry", lambda: planted)
-    masked, compacted = masked_and_compacted(pico_config("diffllama"), [0, 2, 3, 5, 6])
+    config = pico_config(model_type)
+    # Refused by its name too.
+    config.pop("scale_depth", None)
+    masked, compacted = masked_and_compacted(config, [0, 2, 3, 5, 6])
     assert not torch.equal(masked, compacted)
 
 
@@ -301,6 +309,15 @@ def test_a_threshold_beyond_every_layer_stays_beyond() -> None:
     config = {**pico_config("qwen3"), "max_window_layers": 28}
     new_config, _ = rewrite_config(config, [0, 4, 5, 7])
     assert new_config["max_window_layers"] == 28
+
+
+def test_a_threshold_that_is_left_to_the_class_is_written_where_it_moves() -> None:
+    """DeepSeek-V3 has three dense layers unless its config says otherwise."""
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 8}
+    new_config, changes = rewrite_config(config, [0, 2, 5, 6])
+    assert new_config == {**config, "num_hidden_layers": 4, "first_k_dense_replace": 2}
+    assert ConfigChange("first_k_dense_replace", None, 2) in changes
+    assert rewrite_config(config, [0, 1, 2, 7])[0] == {**config, "num_hidden_layers": 4}
 
 
 def test_qwen_threshold_counts_the_kept_layers_below_it() -> None:
@@ -508,7 +525,9 @@ def test_all_refused_fields_are_named_at_once() -> None:
         rewrite_config({**config, "moe_layer_freq": 2}, [0])
 
 
-@pytest.mark.parametrize("model_type", ["diffllama", "minicpm3", "gemma3n_text"])
+@pytest.mark.parametrize(
+    "model_type", sorted(name for name, one in registry().families.items() if one.refused)
+)
 def test_a_family_that_cannot_be_pruned_is_refused_with_the_reason(model_type: str) -> None:
     reason = registry().families[model_type].refused
     assert reason is not None
@@ -520,10 +539,15 @@ def test_a_family_that_cannot_be_pruned_is_refused_with_the_reason(model_type: s
         rewrite_config({"model_type": "llava", "text_config": text}, [0, 1])
 
 
-@pytest.mark.parametrize("model_type", ["minimax", "my_own", None])
+@pytest.mark.parametrize("model_type", ["glm4_moe", "my_own", None])
 def test_model_type_nobody_checked_is_refused(model_type: str | None) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 4}
     with pytest.raises(UserError, match=f"model_type is '{model_type}'.*gemma2, gemma3_text"):
-        rewrite_config({"model_type": model_type, "num_hidden_layers": 4}, [0, 1])
+        rewrite_config(config, [0, 1])
+    # Trusted code of its own makes it no better known.
+    own_code = {**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    with pytest.raises(UserError, match=r"add a file to pruner/family_data"):
+        rewrite_config(own_code, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -568,6 +592,10 @@ def test_kept_is_not_what_it_must_be(kept: list[int], message: str) -> None:
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ({"model_type": "qwen2", "max_window_layers": None}, "max_window_layers is None"),
         ({"model_type": "qwen2", "max_window_layers": 2.5}, "max_window_layers is 2.5"),
+        (
+            {"model_type": "deepseek_v2", "first_k_dense_replace": "1"},
+            "replace is '1', not a whole",
+        ),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers is 3"),
     ],
@@ -739,6 +767,7 @@ def test_layers_that_must_stay(family: str, layers: list[int]) -> None:
 
 def test_draft_layers_stay_behind_the_layers() -> None:
     config = {"model_type": "deepseek_v3", "num_hidden_layers": 4, "num_nextn_predict_layers": 1}
+    config["first_k_dense_replace"] = 0
     new_config, changes = rewrite_config(config, [1, 3])
     assert new_config == {**config, "num_hidden_layers": 2}
     assert [change.field for change in changes] == ["num_hidden_layers"]

@@ -1,6 +1,7 @@
 """The registry of families: what an entry may say, and that config classes hold nothing unknown."""
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trsp.bench.pico_families import PICO_CONFIGS
 from trsp.pruner.family_registry import parse_registry, registry
@@ -14,6 +15,12 @@ def test_every_pico_model_and_every_multimodal_type_is_in_it() -> None:
     assert set(registry().multimodal) <= made
 
 
+def test_transformers_knows_every_model_type() -> None:
+    """But MiniCPM, which brings its own code."""
+    types = {*registry().families, *registry().multimodal}
+    assert types - set(CONFIG_MAPPING) == {"minicpm"}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -24,6 +31,7 @@ def test_every_pico_model_and_every_multimodal_type_is_in_it() -> None:
         (LLAMA + 'refused = "too deep"\nsparse_step = true', "nothing else"),
         ("sparse_step = true", "model_types"),
         (LLAMA + "multimodal = 3", "items"),
+        (LLAMA + "thresholds = { first_k_dense_replace = '3' }", "no whole number"),
         (LLAMA + 'multimodal = { seer = "opt" }', "seer: opt is in no file"),
         ("model_types = [", "a.toml"),
     ],

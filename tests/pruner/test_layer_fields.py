@@ -83,7 +83,7 @@ def layer_fields(config: PreTrainedConfig) -> dict[str, Any]:
         for name, value in fields.items()
         if name != count
         and (
-            _speaks_of_layers(name, value)
+            config_surgery._speaks_of_layers(name, value)
             or (isinstance(value, list | tuple) and len(value) == num_layers)
             or (name in deeper and deeper[name] != usual.get(name))
         )
@@ -96,12 +96,6 @@ def _made(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> dict[str, Any
         return kind(**fields).to_dict()
     except (StrictDataclassError, NotImplementedError):
         return {}
-
-
-def _speaks_of_layers(name: str, value: Any) -> bool:
-    single = not isinstance(value, list | tuple | dict)
-    harmless = single and config_surgery._HARMLESS.search(name)
-    return bool(config_surgery._SPEAKS_OF_LAYERS.search(name)) and not harmless
 
 
 def unseen(configs: Any) -> dict[str, list[str]]:
@@ -127,6 +121,13 @@ def test_every_field_has_been_looked_at() -> None:
 class EveryNthConfig(LlamaConfig):
     model_type = "every_nth"
     foo_every_n_layers: int = 4
+
+
+class SometimesNormedConfig(LlamaConfig):
+    """Its name begins as those of layer norms do, which are harmless."""
+
+    model_type = "sometimes_normed"
+    layer_norm_every: int = 4
 
 
 class WideConfig(PreTrainedConfig):
@@ -157,6 +158,7 @@ class ScaledConfig(PreTrainedConfig):
     ("kind", "field"),
     [
         (EveryNthConfig, "foo_every_n_layers"),
+        (SometimesNormedConfig, "layer_norm_every"),
         (WideConfig, "widths"),
         (ScaledConfig, "residual_scale"),
     ],
