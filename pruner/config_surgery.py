@@ -306,7 +306,10 @@ def _lists(family: Family, config: Mapping[str, Any], num_layers: int) -> dict[s
     """The per-layer lists that a config class has in the end: named, or else derived."""
     found: dict[str, list[Any]] = {}
     for name, rule in family.lists.items():
-        found[name] = config.get(name) or rule({**config, **found}, num_layers)
+        named = config.get(name)
+        if named and not isinstance(named, list | tuple):
+            raise UserError(f"config.json: {name} is {brief(named)}, expected a list")
+        found[name] = list(named) if named else rule({**config, **found}, num_layers)
     return found
 
 

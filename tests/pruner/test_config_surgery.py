@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -598,12 +599,20 @@ def test_kept_is_not_what_it_must_be(kept: list[int], message: str) -> None:
         ),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers is 3"),
+        ({"model_type": "llama4_text", "no_rope_layers": 3}, "no_rope_layers is 3"),
+        ({"model_type": "llama4_text", "moe_layers": 3}, "moe_layers is 3"),
+        ({"model_type": "qwen3_next", "full_attention_interval": "4"}, "full_attention_interval"),
+        ({"model_type": "gemma2", "layer_types": "sliding"}, "layer_types is 'sliding'"),
     ],
     ids=str,
 )
 def test_field_of_a_family_that_makes_no_sense(config: dict[str, Any], message: str) -> None:
+    config = {**config, "num_hidden_layers": 4}
     with pytest.raises(UserError, match=message):
-        rewrite_config({**config, "num_hidden_layers": 4}, [0, 1])
+        rewrite_config(config, [0, 1])
+    # It need not look at every field; what it looks at may not be anything.
+    with suppress(UserError):
+        layers_that_must_stay(config)
 
 
 PICO_VISION = {
