@@ -309,12 +309,9 @@ def _write_lists(
     }
     bare = {name: value for name, value in new.items() if name not in wanted}
     if _lists(family, bare, len(kept)) != wanted:
-        new.update(
-            {
-                name: [*values, *(new.get(name) or ())[len(kept) :]]
-                for name, values in wanted.items()
-            }
-        )
+        for name, values in wanted.items():
+            drafts = (new.get(name) or ())[len(kept) :]
+            new[name] = [*values, *drafts]
         for name in family.intervals:
             new.pop(name, None)
     for name, step_field in family.steps.items():

@@ -1,6 +1,7 @@
 """GatedModel: the patched layers are the model's own, scaled, skipped and measured exactly."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -361,15 +362,13 @@ def test_layers_with_side_results_are_skipped_without_them(family: str) -> None:
 
 
 class ReadingBlock:
-    """A layer of a model that reads its side result."""
+    """A layer of a model that does something with what it returns."""
 
-    def __init__(self, layer: nn.Module, seen: list[Any]) -> None:
-        self.layer, self.seen = layer, seen
+    def __init__(self, layer: nn.Module, read: Callable[[Any], Any]) -> None:
+        self.layer, self.read = layer, read
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
-        self.seen.append(output[1])
-        return output
+        return self.read(self.layer(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -378,7 +377,12 @@ class ReadingBlock:
 class ReadingList(nn.ModuleList):
     def __iter__(self) -> Any:
         self.seen: list[Any] = []
-        return (ReadingBlock(layer, self.seen) for layer in super().__iter__())
+
+        def remember(output: Any) -> Any:
+            self.seen.append(output[1])
+            return output
+
+        return (ReadingBlock(layer, remember) for layer in super().__iter__())
 
 
 @pytest.mark.parametrize("forgiving", [True, False])
@@ -395,6 +399,32 @@ def test_side_results_that_the_model_reads_are_refused(forgiving: bool) -> None:
     model.lm_head.register_forward_hook(use)
     with pytest.raises(UserError, match="the model reads what ReadingBlock returns"):
         count_side_results(model)
+
+
+def test_a_tuple_of_one_stays_a_tuple(model: PreTrainedModel) -> None:
+    """As models with code of their own return it, and take its first element."""
+    dense = model(input_ids=TOKENS, use_cache=False).logits
+    shallow = without_layers(model, {1})
+    layers: Any = model.model.layers
+
+    class FirstOf(nn.ModuleList):
+        def __iter__(self) -> Any:
+            return (
+                ReadingBlock(layer, lambda output: output[0])
+                for layer in nn.ModuleList.__iter__(self)
+            )
+
+    for layer in layers:
+
+        def forward(*args: Any, own: Any = layer.forward, **kwargs: Any) -> Any:
+            return (own(*args, **kwargs),)
+
+        layer.forward = forward
+    model.model.layers = FirstOf(list(layers))
+    with torch.no_grad(), GatedModel(model) as gated:
+        assert torch.equal(gated.logits(TOKENS), dense)
+        with gated.masking({1}):
+            assert torch.equal(gated.logits(TOKENS), shallow)
 
 
 def test_the_language_layers_are_found_beside_a_tower_as_deep() -> None:
