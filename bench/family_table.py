@@ -8,6 +8,7 @@ on: a record may be begun in one environment and its vLLM column filled in anoth
 import json
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,7 +155,7 @@ def table_markdown(record: dict[str, Any]) -> str:
     if refused:
         lines += ["", "Refused:", "", *refused]
     unserved = [
-        f"- `{name}`: {outcome['detail']}"
+        f"- `{name}`: {textwrap.shorten(outcome['detail'], 160, placeholder=' ...')}"
         for name, row in record["families"].items()
         if (outcome := row.get("vllm", {})).get("status") in ("failed", "dense neither")
     ]
