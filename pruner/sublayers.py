@@ -43,15 +43,14 @@ def find_sublayers(model: PreTrainedModel) -> tuple[Branches, ...]:
         if branches is None:
             raise UserError(
                 f"layer {index} ({type(layer).__name__}) is not its input plus two branches of its "
-                "own: no branch of it can go alone; remove whole layers"
+                "own: they cannot be taken out alone; remove whole layers"
             )
         sublayers.append(branches)
     for index, reads in enumerate(_mlp_reads_attention(model, layers, sublayers)):
         if not reads:
             raise UserError(
                 f"layer {index} ({type(layers[index]).__name__}) computes attention and MLP side "
-                "by side from the same input: removal of one branch is for layers that compute one "
-                "after the other; remove whole layers"
+                "by side from the same input: they cannot be taken out alone; remove whole layers"
             )
     return tuple(sublayers)
 
