@@ -12,7 +12,6 @@ no class for a Llama without one branch. Zeroed projections would load everywher
 L layers, N sequences of T tokens.
 """
 
-import itertools
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -108,15 +107,9 @@ def remove_greedily(
         UserError: the units have fewer parameters, or none would be left.
         RunError: a loss that is not finite.
     """
-    every = sorted(sublayers.num_parameters)
-    units: list[tuple[Sublayer, ...]] = [
-        (one,) for one in every if kind in (one.branch, "sublayers")
-    ]
-    if kind == "layers":
-        units = list(itertools.batched(every, len(SUBLAYERS)))
-    units = [unit for unit in units if not kept.intersection(unit)]
+    units = _units(sublayers, kind, kept)
     sizes = sublayers.num_parameters
-    available = sum(sizes[one] for unit in units for one in unit)
+    available = _num_parameters(sublayers, kind, kept)
     if not 0 < num_parameters <= min(available, sum(sizes.values()) - 1):
         raise UserError(f"{num_parameters} of {available} parameters in {kind} cannot be removed")
     removed: tuple[Sublayer, ...] = ()
@@ -131,6 +124,22 @@ def remove_greedily(
         removed += chosen
         units.remove(chosen)
     return removed
+
+
+def _units(
+    sublayers: Sublayers, kind: str, kept: frozenset[Sublayer]
+) -> list[tuple[Sublayer, ...]]:
+    """What is taken out as one, in the order of the layers."""
+    every = sorted(sublayers.num_parameters)
+    units = [(one,) for one in every if kind in (one.branch, "sublayers")]
+    if kind == "layers":
+        return [unit for unit in zip(every[::2], every[1::2], strict=True) if kept.isdisjoint(unit)]
+    return [unit for unit in units if kept.isdisjoint(unit)]
+
+
+def _num_parameters(sublayers: Sublayers, kind: str, kept: frozenset[Sublayer]) -> int:
+    units = _units(sublayers, kind, kept)
+    return sum(sublayers.num_parameters[one] for unit in units for one in unit)
 
 
 app = typer.Typer(cls=ErrorsAsExitCodes, add_completion=False, pretty_exceptions_enable=False)
@@ -176,6 +185,9 @@ def main(
             # DeciLM cannot be without the first attention.
             kept = frozenset({Sublayer(0, "attention")} if kind != "layers" else ())
             wanted = round(ratio * total)
+            if (held := _num_parameters(sublayers, kind, kept)) < wanted:
+                print(f"{kind:<9} {100 * held / total:5.1f} % is all there is of them")
+                continue
             removed = remove_greedily(sublayers, tokens, wanted, kind=kind, kept=kept)
         with sublayers.without(frozenset(removed)):
             perplexity = evaluate_perplexity(

@@ -76,7 +76,7 @@ def masking_sublayers(
                     f"layer 0 to {len(layers) - 1}"
                 )
             name: str = getattr(sublayers[layer], sublayer)
-            handles.append(_mask(layers[layer].get_submodule(name)))
+            handles.append(_replace_output(layers[layer].get_submodule(name), torch.zeros_like))
         yield
     finally:
         for handle in handles:
@@ -105,30 +105,39 @@ def removal_loss(
         return gated.masked_loss(input_ids, whole, batch_size)
 
 
-def _mask(branch: nn.Module) -> RemovableHandle:
-    """Zeros in place of the branch's output; what it returns beside it stays."""
+def _replace_output(branch: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Another main output of the branch; what it returns beside it stays."""
 
-    def zero(_module: nn.Module, _args: Any, output: Any) -> Any:
-        zeros = torch.zeros_like(first_tensor(output))
-        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+        changed = change(first_tensor(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     # First of all hooks: whoever watches the branch sees what enters the residual stream.
-    return branch.register_forward_hook(zero, prepend=True)
+    return branch.register_forward_hook(replace, prepend=True)
+
+
+def _ramp(output: Tensor) -> Tensor:
+    """The output and something that no norm takes away again, also where the output is 0."""
+    size = output.shape[-1]
+    return output + torch.linspace(-1, 1, size, device=output.device, dtype=output.dtype)
 
 
 def _mlp_reads_attention(
     model: PreTrainedModel, layers: nn.ModuleList, sublayers: Sequence[Branches]
 ) -> list[bool]:
-    """Whether each layer's MLP branch changes when its attention adds nothing."""
-    outputs: list[list[Tensor]] = [[] for _ in layers]
+    """Whether what each layer's MLP branch is given changes when its attention adds more.
+
+    What it is given, not what it returns: a branch whose last projection is 0 returns 0 always.
+    """
+    inputs: list[list[Tensor]] = [[] for _ in layers]
     reads = [False] * len(layers)
     running_again = False
 
     def keep(index: int) -> Callable[..., None]:
-        def after_mlp(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[index].append(first_tensor(output))
+        def before_mlp(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            inputs[index].append(args[0] if args else next(iter(kwargs.values())))
 
-        return after_mlp
+        return before_mlp
 
     def run_again(index: int) -> Callable[..., None]:
         def after(layer: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> None:
@@ -136,20 +145,22 @@ def _mlp_reads_attention(
             if running_again:
                 return
             running_again = True
-            handle = _mask(layer.get_submodule(sublayers[index].attention))
+            attention = layer.get_submodule(sublayers[index].attention)
+            handle = _replace_output(attention, _ramp)
             try:
                 layer(*args, **kwargs)
             finally:
                 handle.remove()
                 running_again = False
-            with_attention, without = outputs[index]
-            reads[index] = not torch.equal(with_attention, without)
+            first, second = inputs[index]
+            reads[index] = not torch.equal(first, second)
 
         return after
 
     hooks = []
     for index, (layer, branches) in enumerate(zip(layers, sublayers, strict=True)):
-        hooks.append(layer.get_submodule(branches.mlp).register_forward_hook(keep(index)))
+        mlp = layer.get_submodule(branches.mlp)
+        hooks.append(mlp.register_forward_pre_hook(keep(index), with_kwargs=True))
         hooks.append(layer.register_forward_hook(run_again(index), with_kwargs=True))
     run_probe(model, hooks)
     return reads

@@ -126,6 +126,16 @@ def test_a_shared_branch_is_refused() -> None:
         find_sublayers(model)
 
 
+def test_branches_that_add_nothing_are_branches() -> None:
+    """As in layers inserted into a trained model, whose last projections begin at 0."""
+    model = make_pico_model("llama")
+    for layer in (2, 5):
+        torch.nn.init.zeros_(decoder_layers(model)[layer].self_attn.o_proj.weight)
+    for layer in (1, 5):
+        torch.nn.init.zeros_(decoder_layers(model)[layer].mlp.down_proj.weight)
+    assert len(find_sublayers(model)) == 8
+
+
 @pytest.mark.parametrize("removal", [(8, "mlp"), (-1, "mlp"), (1, "norm")])
 def test_no_such_branch_leaves_no_hook(removal: tuple[int, str]) -> None:
     model = make_pico_model("llama")
