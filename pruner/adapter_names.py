@@ -39,6 +39,7 @@ class AdapterNames:
     """The adapter's tensor names, in the numbers of the dense model and of the pruned one."""
 
     def __init__(self, tensor_names: list[str], layer_map: LayerMap) -> None:
+        layer_map.require_whole_layers()
         self._new = {old: new for new, old in enumerate(layer_map.kept)}
         self.num_layers = layer_map.base_model.num_hidden_layers
         for name in tensor_names:

@@ -344,8 +344,9 @@ def check_layer_map(checkpoint: Checkpoint, layer_map: LayerMap) -> None:
     """Refuse a layer map that is not for this checkpoint.
 
     Raises:
-        UserError: another number of layers, or another fingerprint.
+        UserError: another number of layers, another fingerprint, or a branch that goes alone.
     """
+    layer_map.require_whole_layers()
     base = layer_map.base_model
     if base.num_hidden_layers != checkpoint.num_hidden_layers:
         raise UserError(

@@ -31,7 +31,10 @@ def to_mergekit_slices(
     Args:
         model: folder or hub name to write instead of the base model's name.
         dtype: mergekit's name of the type to write, such as bfloat16; None leaves each as it is.
+    Raises:
+        LayerMapError: a branch of a layer goes alone.
     """
+    layer_map.require_whole_layers()
     name = layer_map.base_model.name if model is None else model
     # Outside a mapping mergekit splits a model at + (adapter) and @ (revision).
     source = f"model: {_yaml_text(name)}"
@@ -52,8 +55,9 @@ def to_llama_cpp(layer_map: LayerMap) -> str:
     llama.cpp renumbers the rest but leaves per-layer metadata arrays as long as they were
     (llama.cpp#27976), so convert the compacted checkpoint instead where the model has any.
     Raises:
-        LayerMapError: nothing is dropped; llama-quantize refuses an empty list.
+        LayerMapError: nothing is dropped, which llama-quantize refuses, or a branch goes alone.
     """
+    layer_map.require_whole_layers()
     if not layer_map.dropped:
         raise LayerMapError("the layer map drops no layer: run llama-quantize without the option")
     return ",".join(map(str, layer_map.dropped))

@@ -24,13 +24,19 @@ from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
 
 SCHEMA_VERSION = 1
+# Of maps that drop a sublayer: a trsp that knows only whole layers refuses them and cannot misread.
+SUBLAYER_SCHEMA_VERSION = 2
+SUBLAYERS = ("attention", "mlp")
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
 MAX_LAYERS = 2**16
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Layer maps written before a field came up do not have it.
-_LATER_FIELDS = {"weights_sha256"}
+_LATER_FIELDS = {"weights_sha256", "dropped_sublayers"}
+
+# A source layer, or one residual branch of it: (source layer, "attention" or "mlp").
+Removal = int | tuple[int, str]
 
 
 class LayerMapError(UserError):
@@ -87,6 +93,24 @@ class LayerEntry:
 
 
 @dataclass(frozen=True)
+class DroppedSublayer:
+    """One residual branch that goes without the other: `sublayer` is "attention" or "mlp".
+
+    `num_layers_before`: how many layers of removal_order went before it.
+    """
+
+    source_layer: int
+    sublayer: str
+    num_layers_before: int
+
+    def __post_init__(self) -> None:
+        for name in ("source_layer", "num_layers_before"):
+            _set(self, **{name: integer(getattr(self, name), name)})
+        if self.sublayer not in SUBLAYERS:
+            raise LayerMapError(f"sublayer is {brief(self.sublayer)}, expected attention or mlp")
+
+
+@dataclass(frozen=True)
 class ConfigChange:
     """A field of config.json that depends on the layers. `before` or `after` None: not there.
 
@@ -115,6 +139,8 @@ class LayerMap:
         config_changes: what compaction changed in config.json; empty before compaction.
         method: name, recipe, seeds, package version.   calibration: what was learned from.
         steps: gates, loss and penalty of each pick; one record when one decision picked them all.
+        dropped_sublayers: the branches that went alone, in the order of picking. A layer that lost
+            one may be dropped later, which takes the rest of it; never its other branch alone.
 
     Everything is checked and copied when a map is made, so a LayerMap that exists is sound.
     Raises:
@@ -130,6 +156,7 @@ class LayerMap:
     method: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     steps: tuple[dict[str, Any], ...] = ()
+    dropped_sublayers: tuple[DroppedSublayer, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -145,6 +172,9 @@ class LayerMap:
             removal_order=layer_indices(self.removal_order, "removal_order", num_layers),
             layers=_records(self.layers, LayerEntry, "layers"),
             config_changes=_records(self.config_changes, ConfigChange, "config_changes"),
+            dropped_sublayers=_records(
+                self.dropped_sublayers, DroppedSublayer, "dropped_sublayers"
+            ),
             method=_json_object(self.method, "method"),
             steps=tuple(_json_object(step, f"steps[{n}]") for n, step in steps),
         )
@@ -163,6 +193,7 @@ class LayerMap:
                     f"layers[{layer}] is layer {entry.layer} from source_layer "
                     f"{entry.source_layer}, expected layer {layer} from source_layer {old}"
                 )
+        _check_sublayers(self)
 
     @classmethod
     def from_removal_order(
@@ -229,6 +260,61 @@ class LayerMap:
         order = [layer for layer in range(base_model.num_hidden_layers) if layer not in stays]
         return cls.from_removal_order(base_model, order, **described)
 
+    @classmethod
+    def from_removals(
+        cls, base_model: BaseModel, removals: Iterable[Removal], **described: Any
+    ) -> Self:
+        """The map that drops these layers and single branches, picked in this order.
+
+        The second branch of a layer is the removal of that layer: nothing of it is left.
+        `described`: the keywords of `from_removal_order`, which also names what is raised.
+        """
+        order: list[int] = []
+        lone: dict[int, DroppedSublayer] = {}
+        for removal in removals:
+            if not isinstance(removal, tuple) or len(removal) != 2:
+                order.append(removal)  # whatever is no layer is refused with the order
+                continue
+            source_layer, sublayer = integer(removal[0], "removal"), removal[1]
+            first = lone.get(source_layer)
+            if first is None:
+                lone[source_layer] = DroppedSublayer(source_layer, sublayer, len(order))
+            elif first.sublayer == sublayer or sublayer not in SUBLAYERS:
+                raise LayerMapError(f"the {sublayer} of layer {source_layer} is named twice")
+            else:
+                order.append(source_layer)
+        return replace(
+            cls.from_removal_order(base_model, order, **described),
+            dropped_sublayers=tuple(lone.values()),
+            schema_version=SUBLAYER_SCHEMA_VERSION if lone else SCHEMA_VERSION,
+        )
+
+    @property
+    def removals(self) -> tuple[Removal, ...]:
+        """Dropped layers and single branches together, in the order of picking."""
+        merged: list[Removal] = list(self.removal_order)
+        # From the last to the first, so that no insertion moves the place of another.
+        for part in reversed(self.dropped_sublayers):
+            merged.insert(part.num_layers_before, (part.source_layer, part.sublayer))
+        return tuple(merged)
+
+    @property
+    def missing_branches(self) -> dict[int, str]:
+        """The branch that a kept layer lacks, by source layer; layers that are whole are not in."""
+        gone = set(self.dropped)
+        parts = {part.source_layer: part.sublayer for part in self.dropped_sublayers}
+        return {layer: parts[layer] for layer in sorted(parts) if layer not in gone}
+
+    def require_whole_layers(self) -> None:
+        """LayerMapError where a single branch goes: what cannot leave it out must say so."""
+        if self.dropped_sublayers:
+            part = self.dropped_sublayers[0]
+            raise LayerMapError(
+                f"the layer map drops the {part.sublayer} of layer {part.source_layer} and not the "
+                "layer, which works on whole layers only; `trsp.pruner.sublayer_checkpoint` writes "
+                "such a model for vLLM with the trsp plugin"
+            )
+
     def prefix(self, num_removals: int) -> Self:
         """The map with only the first `num_removals` removals: 0 is the dense model, all is self.
 
@@ -239,19 +325,18 @@ class LayerMap:
             LayerMapError: not within 0 and the number of removals.
         """
         count = integer(num_removals, "number of removals")
-        if not 0 <= count <= len(self.removal_order):
-            raise LayerMapError(
-                f"{count} removals asked for, the layer map has {len(self.removal_order)}"
-            )
-        if count == len(self.removal_order):
+        removals = self.removals
+        if not 0 <= count <= len(removals):
+            raise LayerMapError(f"{count} removals asked for, the layer map has {len(removals)}")
+        if count == len(removals):
             return self
         gates: list[float | None] = [None] * self.base_model.num_hidden_layers
         for entry in self.layers:
             gates[entry.source_layer] = entry.gate
-        one_each = len(self.steps) == len(self.removal_order)
-        return self.from_removal_order(
+        one_each = len(self.steps) == len(removals)
+        return self.from_removals(
             self.base_model,
-            self.removal_order[:count],
+            removals[:count],
             gates=gates,
             method=self.method,
             calibration=self.calibration,
@@ -277,7 +362,10 @@ class LayerMap:
         Raises:
             LayerMapError: larger than a layer map may be (16 MiB): `steps` holds too much.
         """
-        document = {"schema_version": self.schema_version, **asdict(self)}
+        document = {
+            "schema_version": self.schema_version,
+            **_without_empty_later_fields(asdict(self)),
+        }
         document["base_model"] = _without_empty_later_fields(document["base_model"])
         lines = []
         for name, value in document.items():
@@ -311,20 +399,31 @@ class LayerMap:
         _check_version(parsed.get("schema_version"))
         _check_keys(parsed, cls, "layer map")
         parsed["base_model"] = _parse_record(parsed["base_model"], BaseModel, "base_model")
-        for name, kind in (("layers", LayerEntry), ("config_changes", ConfigChange)):
-            parsed[name] = _parse_records(parsed[name], kind, name)
+        for name, kind in (
+            ("layers", LayerEntry),
+            ("config_changes", ConfigChange),
+            ("dropped_sublayers", DroppedSublayer),
+        ):
+            if name in parsed:
+                parsed[name] = _parse_records(parsed[name], kind, name)
         return cls(**parsed)
 
 
-def read_layer_map(path: str | os.PathLike[str]) -> LayerMap:
+def read_layer_map(path: str | os.PathLike[str], *, sublayers: bool = False) -> LayerMap:
     """Read a layer map file.
 
+    Args:
+        sublayers: whether the caller leaves out single branches too. Else a map that drops one is
+            refused, so nobody takes it for one that keeps the layer.
     Raises:
         LayerMapError: missing, unreadable, or not a sound layer map; the file is named.
     """
     content = read_text(path, MAX_BYTES)
     try:
-        return LayerMap.from_json(content)
+        layer_map = LayerMap.from_json(content)
+        if not sublayers:
+            layer_map.require_whole_layers()
+        return layer_map
     except LayerMapError as error:
         raise LayerMapError(f"{path}: {error}") from error
 
@@ -361,9 +460,10 @@ def _set(instance: Any, **values: Any) -> None:
 
 
 def _check_version(version: Any) -> None:
-    if isinstance(version, bool) or version != SCHEMA_VERSION:
+    if isinstance(version, bool) or version not in (SCHEMA_VERSION, SUBLAYER_SCHEMA_VERSION):
         raise LayerMapError(
-            f"schema_version is {brief(version)}, this trsp reads {SCHEMA_VERSION}; "
+            f"schema_version is {brief(version)}, this trsp reads {SCHEMA_VERSION} and "
+            f"{SUBLAYER_SCHEMA_VERSION}; "
             "install the version of trsp that wrote the layer map"
         )
 
@@ -379,6 +479,40 @@ def _check_partition(kept: tuple[int, ...], dropped: tuple[int, ...], num_layers
         raise LayerMapError(f"layer {both[0]} is both kept and dropped")
     if neither := sorted(set(range(num_layers)) - set(kept) - set(dropped)):
         raise LayerMapError(f"layer {neither[0]} is neither kept nor dropped")
+
+
+def _check_sublayers(layer_map: LayerMap) -> None:
+    """Each exists, none is named twice, their order is one, and none comes after its layer."""
+    parts, order = layer_map.dropped_sublayers, layer_map.removal_order
+    expected = SUBLAYER_SCHEMA_VERSION if parts else SCHEMA_VERSION
+    if layer_map.schema_version != expected:
+        raise LayerMapError(
+            f"schema_version is {layer_map.schema_version}, expected {expected} for a map with "
+            f"{len(parts)} dropped_sublayers"
+        )
+    try:
+        layer_indices(
+            (part.source_layer for part in parts),
+            "dropped_sublayers",
+            layer_map.base_model.num_hidden_layers,
+        )
+    except LayerMapError as error:
+        raise LayerMapError(
+            f"{error}; a layer without attention and mlp belongs in removal_order"
+        ) from error
+    last = 0
+    for n, part in enumerate(parts):
+        before = part.num_layers_before
+        if not last <= before <= len(order):
+            raise LayerMapError(
+                f"dropped_sublayers[{n}].num_layers_before is {before}, "
+                f"expected {last} to {len(order)}"
+            )
+        if part.source_layer in order[:before]:
+            raise LayerMapError(
+                f"dropped_sublayers[{n}] is of layer {part.source_layer}, which went before it"
+            )
+        last = before
 
 
 def integer(value: Any, where: str) -> int:
@@ -428,7 +562,7 @@ def _without_empty_later_fields(record: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if value is not None or name not in _LATER_FIELDS
+        if value not in (None, ()) or name not in _LATER_FIELDS
     }
 
 

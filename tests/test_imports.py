@@ -28,6 +28,7 @@ SERVING_READS = {
     "durable",
     "errors",
     "layer_map",
+    "sublayer_checkpoint",
 }
 
 # A module imports only what stands before it: no cycles, and a place for every newcomer.
@@ -38,9 +39,9 @@ PRUNER_ROOMS = (
     ("mergekit_slices", "keep_lists", "adapter_names", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
-    ("next_norms", "gated_model", "activations"),
+    ("next_norms", "gated_model", "activations", "sublayers"),
     ("criteria", "distillation", "selection", "refit", "transfer"),
-    ("compaction", "windows", "evaluation"),
+    ("compaction", "sublayer_checkpoint", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
     ("held_out", "run_folder", "run", "auto_record", "auto_plan", "auto_trials", "auto"),
     ("model_card", "pipeline", "api", "interop_cli", "cli"),

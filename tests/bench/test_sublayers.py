@@ -1,6 +1,7 @@
 """Branches are left out exactly, and removed in the order of what their absence costs."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from trsp.bench.pico_checkpoint import make_pico_model, pico_text, write_pico_checkpoint
-from trsp.bench.sublayers import Sublayer, Sublayers, app, remove_greedily
+from trsp.bench.sublayers import KINDS, Sublayer, Sublayers, app, remove_greedily
 from trsp.pruner.calibration import build_calibration
 from trsp.pruner.checkpoint import load_tokenizer, open_checkpoint
 from trsp.pruner.errors import UserError
+from trsp.pruner.layer_map import LayerMap, read_layer_map
 
 TOKENS = torch.arange(3, 67).view(4, 16)
 
@@ -37,7 +39,7 @@ def test_a_branch_left_out_adds_nothing(removed: set[tuple[int, str]]) -> None:
     model = make_pico_model("llama")
     sublayers = Sublayers(model)
     dense = by_hand(model, set())
-    with torch.no_grad(), sublayers.without(frozenset(Sublayer(*one) for one in removed)):  # type: ignore[arg-type]
+    with torch.no_grad(), sublayers.without(frozenset(Sublayer(*one) for one in removed)):
         logits = model(input_ids=TOKENS, use_cache=False).logits
     assert torch.equal(logits, by_hand(model, removed))
     assert not torch.equal(logits, dense)
@@ -61,12 +63,23 @@ def test_idle_branches_go_first(model: PreTrainedModel, pico_llama: Path, text_f
     ).input_ids
     sublayers = Sublayers(model)
     size = sum(sublayers.num_parameters[one] for one in idle)
-    assert remove_greedily(sublayers, tokens, size, whole_layers=False) == idle
-    whole = remove_greedily(sublayers, tokens, size, whole_layers=True)
+    assert frozenset(remove_greedily(sublayers, tokens, size, kind="sublayers")) == idle
+    whole = remove_greedily(sublayers, tokens, size, kind="layers")
     assert len(whole) == 2
     assert len({one.source_layer for one in whole}) == 1
-    with pytest.raises(UserError, match="cannot be removed"):
-        remove_greedily(sublayers, tokens, 10**9, whole_layers=False)
+    assert remove_greedily(sublayers, tokens, 1, kind="attention") == (Sublayer(4, "attention"),)
+    assert remove_greedily(sublayers, tokens, 1, kind="mlp") == (Sublayer(1, "mlp"),)
+    other = remove_greedily(sublayers, tokens, 1, kind="sublayers", kept=idle)
+    assert idle.isdisjoint(other)
+    for kind in KINDS:
+        with pytest.raises(UserError, match="cannot be removed"):
+            remove_greedily(sublayers, tokens, 10**9, kind=kind)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "opt"])
+def test_branches_of_unknown_size_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="parameters outside its branches"):
+        Sublayers(make_pico_model(family))
 
 
 def test_the_command_compares_equal_sizes(tmp_path: Path) -> None:
@@ -76,8 +89,20 @@ def test_the_command_compares_equal_sizes(tmp_path: Path) -> None:
     words = ["--model", str(tmp_path / "dense"), "--data", str(tmp_path / "train.txt")]
     words += ["--eval-data", str(tmp_path / "test.txt"), "--sequence-length", "16"]
     words += ["--num-sequences", "2", "--out", str(tmp_path / "record.json")]
+    words += ["--map", str(tmp_path / "map.json"), "--export", str(tmp_path / "decilm")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "layers     25.0 %  perplexity" in result.output
     assert (tmp_path / "record.json").is_file()
+    rows = json.loads((tmp_path / "record.json").read_text())["rows"]
+    taken = [tuple(one) for one in rows["sublayers"]["removed"]]
+    layer_map = read_layer_map(tmp_path / "map.json", sublayers=True)
+    base = layer_map.base_model
+    assert layer_map == LayerMap.from_removals(base, taken, method=layer_map.method)
+    config = json.loads((tmp_path / "decilm" / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(layer_map.kept)
     assert CliRunner().invoke(app, [*words, "--ratio", "1"]).exit_code == 2
+    assert CliRunner().invoke(app, words).exit_code == 2, "the folder exists"
+    # All attention but the first layer's is half of all.
+    more = CliRunner().invoke(app, [*words[:-2], "--ratio", "0.6"])
+    assert "% is all there is of them" in more.output

@@ -209,7 +209,10 @@ def test_base_model_is_exchanged() -> None:
         ({"base_model": None}, "base_model is None, expected an object"),
         ({"base_model": {"name": "x"}}, "base_model: the field 'fingerprint' is missing"),
         ({"surprise": 1}, "the field 'surprise' is unknown"),
-        ({"schema_version": 2, "kept": None}, "schema_version is 2, this trsp reads 1; install"),
+        (
+            {"schema_version": 3, "kept": None},
+            "schema_version is 3, this trsp reads 1 and 2",
+        ),
         ({"schema_version": True}, "schema_version is True"),
         ({"schema_version": "1"}, "schema_version is '1'"),
     ],
