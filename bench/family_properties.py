@@ -2,7 +2,8 @@
 
 For random keep lists of a family's pico model, through the real files on disk:
 
-    masked       the cut has the logits of the dense model with those layers masked, bit for bit
+    masked       the cut has the logits of the dense model with those layers masked, bit for bit,
+                 with images too where it reads them
     cache        greedy tokens are the same with the KV cache on and off
     again        cutting nothing off the cut gives the same files; so does saving it by transformers
     prefix       the first n removals of an order give the files of that keep list
@@ -25,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trsp.bench.pico_checkpoint import write_pico_checkpoint
 from trsp.bench.pico_families import PICO_CONFIGS
+from trsp.bench.pico_images import image_inputs
 from trsp.bench.record import environment, write_record
 from trsp.pruner.checkpoint import Checkpoint, load_model, open_checkpoint
 from trsp.pruner.compaction import compact
@@ -144,23 +146,30 @@ def refusal(name: str) -> str | None:
 
 def _load(checkpoint: Checkpoint) -> PreTrainedModel:
     # In bf16 two sums of the same numbers may choose between near ties.
-    return load_model(checkpoint, dtype=torch.float32)
-
-
-def _logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=_tokens(), use_cache=False).logits
-    return logits
+    model = load_model(checkpoint, dtype=torch.float32)
+    # Weights mapped from a file lie where its header ends, and off a boundary of 64 bytes kernels
+    # sum in another order: 4e-6 in the logits of Llama 4 with an image.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Logits [tokens, vocabulary] of text, and of text with images where the model reads them."""
+    text = {"input_ids": torch.arange(3, 43).view(2, 20)}
+    given = [text, *filter(None, [image_inputs(model.config)])]
+    logits = [model(**inputs, use_cache=False).logits.flatten(0, 1) for inputs in given]
+    # Qwen-VL goes on counting positions behind the last image, also for the next caller's text.
+    base: Any = model.base_model
+    if hasattr(base, "rope_deltas"):
+        base.rope_deltas = None
+    return torch.cat(logits)
+
+
 def _masked_logits(model: PreTrainedModel, dropped: Sequence[int]) -> Tensor:
     with GatedModel(model) as gated, gated.masking(dropped):
-        return gated.logits(_tokens())
-
-
-def _tokens() -> Tensor:
-    return torch.arange(3, 43).view(2, 20)
+        return _logits(model)
 
 
 def _check_cache(model: PreTrainedModel, where: str) -> None:
