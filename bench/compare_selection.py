@@ -17,6 +17,7 @@ from trsp.bench.baseline_streamline import streamline
 from trsp.bench.compare_methods import FOLDS, LAYER_CHOICES, ONE_SHOT, Method
 from trsp.bench.compare_record import Cost
 from trsp.bench.compute_meter import ComputeMeter
+from trsp.pruner.config_surgery import layers_that_must_stay
 from trsp.pruner.errors import UserError
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.progress import Progress
@@ -149,7 +150,8 @@ class Chooser:
             self.input_ids,
             settings,
             num_to_remove=count,
-            protected=recipe.protected_layers(self.num_layers),
+            protected=recipe.protected_layers(self.num_layers)
+            | layers_that_must_stay(self.model.config.to_dict()).keys(),
             seed=self.seed,
             on_round=on_round,
             progress=self.progress,

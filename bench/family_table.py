@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trsp.bench.pico_families import NUM_LAYERS, PICO_CONFIGS
+from trsp.bench.pico_families import NUM_LAYERS, PICO_CONFIGS, REFUSED
 from trsp.pruner.console import ErrorsAsExitCodes
 from trsp.pruner.errors import RunError, UserError
 
@@ -218,7 +218,8 @@ def main(
         f"{name}: {one}"
         for name in names
         for one in columns
-        if record["families"][name][one]["status"] == "failed"
+        if record["families"][name][one]["status"]
+        in ({"failed"} if name in REFUSED else {"failed", "refused"})
     ]
     if failed:
         raise RunError(f"failed: {'; '.join(failed)}")

@@ -420,3 +420,5 @@ PICO_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     build.__name__: build for build in (*_TEXT, *_MULTIMODAL)
 }
 MULTIMODAL = frozenset(build.__name__ for build in _MULTIMODAL)
+# They cannot be cut, and say why.
+REFUSED = frozenset({"gemma3n_text", "gpt2_scaled_by_depth"})

@@ -83,7 +83,7 @@ class _Search:
     def __init__(self, run: Run, calibration: CalibrationSet) -> None:
         self.run, self.asked, self.auto = run, run.recipe, section_of(run.recipe)
         self.num_layers = run.checkpoint.num_hidden_layers
-        self.deepest = run.recipe.deepest_to_remove(self.num_layers)
+        self.deepest = run.recipe.deepest_to_remove(self.num_layers, run.needed_layers())
         self.split = hold_out(calibration, self.auto.held_out, run.recipe.seed)
         self.notes = Notes(run)
         self.model: PreTrainedModel | None = None
@@ -135,7 +135,7 @@ class _Search:
     def _choose_lambda1(self) -> float:
         """The value under which two halves of the text order the layers most alike."""
         own = self.asked.selection.lambda1
-        for value in lambda1_values(self.asked, self.num_layers):
+        for value in lambda1_values(self.asked, self.num_layers, self.run.needed_layers()):
             correlation = rank_correlation(*(self._gates(value, half) for half in (0, 1)))
             self.stability.append(StabilityTrial(lambda1=value, correlation=correlation))
         if not self.stability:
@@ -370,7 +370,7 @@ class _Search:
             decisions=tuple(self.decisions),
             layers=depth,
             settings=settings,
-            plan=plan_search(self.asked, self.num_layers),
+            plan=plan_search(self.asked, self.num_layers, self.run.needed_layers()),
             gate_trainings=2 * len(self.stability) + rounds,
             max_transfers=self.auto.max_transfers,
             stopped_at_budget=self.trials.stopped_at_budget,

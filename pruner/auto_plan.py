@@ -1,6 +1,7 @@
 """How much a search will train at most: known from the recipe and the number of layers alone."""
 
 import math
+from collections.abc import Collection
 
 from trsp.pruner.auto_record import SearchPlan
 from trsp.pruner.recipe import AutoRecipe, Recipe
@@ -8,13 +9,16 @@ from trsp.pruner.recipe import AutoRecipe, Recipe
 MIN_RANKED_LAYERS = 3
 
 
-def plan_search(recipe: Recipe, num_hidden_layers: int) -> SearchPlan:
-    """How much the search will train at most, beside a plain run; `recipe.auto` is set."""
+def plan_search(recipe: Recipe, num_hidden_layers: int, needed: Collection[int] = ()) -> SearchPlan:
+    """How much the search will train at most, beside a plain run; `recipe.auto` is set.
+
+    `needed`: layers that no selection takes because of the model's family.
+    """
     auto = section_of(recipe)
     selection, transfer = recipe.selection, recipe.transfer
-    deepest = recipe.deepest_to_remove(num_hidden_layers)
+    deepest = recipe.deepest_to_remove(num_hidden_layers, needed)
     rounds = deepest if selection.method == "gates" else 0
-    halves = 2 * len(lambda1_values(recipe, num_hidden_layers))
+    halves = 2 * len(lambda1_values(recipe, num_hidden_layers, needed))
     transfers = 0
     if transfer.enabled:
         transfers = 1 + len(rate_factors(recipe))
@@ -47,9 +51,11 @@ def rate_factors(recipe: Recipe) -> tuple[float, ...]:
     return section_of(recipe).learning_rate_factors if recipe.transfer.steps else ()
 
 
-def lambda1_values(recipe: Recipe, num_hidden_layers: int) -> tuple[float, ...]:
+def lambda1_values(
+    recipe: Recipe, num_hidden_layers: int, needed: Collection[int] = ()
+) -> tuple[float, ...]:
     """What is tried for lambda1: none where gates choose nothing, or too few layers are ranked."""
-    ranked = num_hidden_layers - len(recipe.protected_layers(num_hidden_layers))
+    ranked = num_hidden_layers - len(recipe.protected_layers(num_hidden_layers) | set(needed))
     if recipe.selection.method != "gates" or ranked < MIN_RANKED_LAYERS:
         return ()
     return tuple(sorted({recipe.selection.lambda1, *section_of(recipe).lambda1}))

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
 
 from trsp.pruner.bounded_json import read_json_object
@@ -350,6 +351,13 @@ def _read_config(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     for part in _objects(config):
         if part.get("transformers_weights") is not None:
             raise UserError(f"{where}: transformers_weights is not supported; remove the field")
+    architectures = config.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise UserError(
+            f"{where}: architectures is {brief(architectures)}, expected a list of names"
+        )
     if config.get("is_encoder_decoder"):
         raise UserError(f"{where}: is_encoder_decoder is true; only decoder-only models are pruned")
     return config

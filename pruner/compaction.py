@@ -25,7 +25,7 @@ from trsp.pruner.checkpoint import (
     Checkpoint,
     contained_file,
 )
-from trsp.pruner.config_surgery import num_draft_layers, num_hidden_layers, rewrite_config
+from trsp.pruner.config_surgery import num_hidden_layers, read_otherwise, rewrite_config
 from trsp.pruner.durable import (
     MANIFEST_NAME,
     format_bytes,
@@ -91,6 +91,7 @@ class CompactionPlan:
         shards: the output shards.
         companions: files copied unchanged, such as the tokenizer's; relative names.
         num_bytes_read, num_bytes_written: of weights and companions.
+        warnings: what the result is not good for.
     """
 
     checkpoint: Checkpoint
@@ -101,6 +102,7 @@ class CompactionPlan:
     companions: tuple[str, ...]
     num_bytes_read: int
     num_bytes_written: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def config_changes(self) -> tuple[ConfigChange, ...]:
@@ -131,6 +133,7 @@ class CompactionPlan:
         ]
         if self.companions:
             lines.append(f"copied     {', '.join(self.companions)}")
+        lines += [f"warning    {text}" for text in self.warnings]
         lines.append(
             f"total      reads {format_bytes(self.num_bytes_read)}, "
             f"writes {format_bytes(self.num_bytes_written)}"
@@ -153,19 +156,19 @@ def plan_compaction(checkpoint: Checkpoint, layer_map: LayerMap) -> CompactionPl
     assert num_hidden_layers(config) == len(layer_map.kept)
     config, quantization_changes, side_files = _rewrite_quantization(checkpoint, layer_map, config)
     layers = {old: new for new, old in enumerate(layer_map.kept)}
-    # Draft layers stand behind the decoder layers, whatever their number.
     num_layers = checkpoint.num_hidden_layers
-    drafts = range(num_draft_layers(checkpoint.config))
-    layers |= {num_layers + n: len(layer_map.kept) + n for n in drafts}
     kept: dict[str, list[tuple[str, TensorEntry]]] = {}
     for entry in checkpoint.tensors.values():
         old = checkpoint.source_layer(entry.name)
         if old is None:
             kept.setdefault(entry.shard, []).append((entry.name, entry))
-        elif old in layers:
+        elif old in layers or old >= num_layers:
+            # Draft layers stand behind the decoder layers, whatever their number.
+            new = layers[old] if old in layers else old - num_layers + len(layer_map.kept)
             rest = entry.name.removeprefix(f"{checkpoint.layer_prefix}{old}")
-            name = f"{checkpoint.layer_prefix}{layers[old]}{rest}"
-            kept.setdefault(entry.shard, []).append((name, entry))
+            kept.setdefault(entry.shard, []).append(
+                (f"{checkpoint.layer_prefix}{new}{rest}", entry)
+            )
     sources = [shard for shard in checkpoint.shards if shard.name in kept]
     shards = []
     for number, source in enumerate(sources, start=1):
@@ -195,6 +198,7 @@ def plan_compaction(checkpoint: Checkpoint, layer_map: LayerMap) -> CompactionPl
         companions=companions,
         num_bytes_read=copied + sum(e.num_bytes for shard in shards for _, e in shard.tensors),
         num_bytes_written=copied + sum(shard.num_bytes for shard in shards),
+        warnings=read_otherwise(config),
     )
 
 

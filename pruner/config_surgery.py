@@ -18,7 +18,7 @@ from typing import Any
 from trsp.pruner.errors import UserError
 from trsp.pruner.family_registry import Family, Multimodal, registry
 from trsp.pruner.layer_map import ConfigChange
-from trsp.pruner.layer_rules import FULL, LINEAR, integer_field
+from trsp.pruner.layer_rules import FULL, LINEAR, SLIDING, integer_field
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # One entry for each layer, where the value is a list.
@@ -190,6 +190,28 @@ def layers_that_must_stay(config: Mapping[str, Any]) -> dict[int, str]:
     return reasons
 
 
+def read_otherwise(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a known engine would make of these layers that transformers does not, one line each.
+
+    vLLM 0.32 takes gpt-oss's windows from the parity of a layer's number and not from layer_types
+    (model_executor/models/gpt_oss.py): it would serve other windows without a word.
+    """
+    section, model_type, _ = _language_part(config)
+    family = registry().families.get(model_type, Family())
+    period, num_layers = family.period_in_vllm, num_hidden_layers(config)
+    if period is None:
+        return ()
+    kinds = _layer_kinds(section, family, num_layers)
+    assumed = [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(num_layers)]
+    if kinds == assumed:
+        return ()
+    return (
+        f"vLLM gives every layer of {model_type} a window but each {period}th, whatever "
+        "layer_types says: it would serve this model with other windows than it has; keep layers "
+        "in pairs, or serve it with transformers",
+    )
+
+
 def num_hidden_layers(config: Mapping[str, Any]) -> int:
     """The number of decoder layers a config names, in its `text_config` where it has one.
 
@@ -287,9 +309,9 @@ def _write_lists(
     }
     bare = {name: value for name, value in new.items() if name not in wanted}
     if _lists(family, bare, len(kept)) != wanted:
-        new.update(
-            {name: [*values, *new.get(name, ())[len(kept) :]] for name, values in wanted.items()}
-        )
+        for name, values in wanted.items():
+            drafts = (new.get(name) or ())[len(kept) :]
+            new[name] = [*values, *drafts]
         for name in family.intervals:
             new.pop(name, None)
     for name, step_field in family.steps.items():

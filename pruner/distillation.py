@@ -19,6 +19,8 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.families import text_config
 from trsp.pruner.progress import Progress, silent
 
+_NUM_COMPARED = 256
+
 
 @dataclass(frozen=True)
 class Head:
@@ -107,6 +109,9 @@ def _find_head(
 ) -> Head:
     """The head that makes these logits of these hidden states; its scale is what they tell."""
     soft_cap = getattr(text_config(model), "final_logit_softcapping", None)
+    # Some positions tell it all: logits of a whole batch take gigabytes.
+    hidden = hidden.flatten(0, -2)[:_NUM_COMPARED]
+    logits = logits.flatten(0, -2)[:_NUM_COMPARED]
     bare = projection(hidden).double()
     scale = 1.0
     if soft_cap is None and bool(bare.any()):

@@ -79,8 +79,8 @@ def run_probe(model: PreTrainedModel, hooks: list[RemovableHandle]) -> Tensor:
     return logits
 
 
-def count_side_results(model: PreTrainedModel) -> tuple[int, ...]:
-    """How many results each decoder layer returns behind its hidden states; 0: one bare tensor.
+def count_side_results(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """How many results each decoder layer returns behind its hidden states; None: a bare tensor.
 
     A skipped layer has none to return. That nobody misses them is proven on a probe: with None in
     their places, the logits are the same bit for bit.
@@ -89,7 +89,7 @@ def count_side_results(model: PreTrainedModel) -> tuple[int, ...]:
         UserError: a layer returns no tensor first, or the model reads what comes behind it.
     """
     layers = decoder_layers(model)
-    counts = [0] * len(layers)
+    counts: list[int | None] = [None] * len(layers)
 
     def look(index: int) -> Callable[..., None]:
         def after(module: nn.Module, _args: Any, output: Any) -> None:
@@ -98,7 +98,7 @@ def count_side_results(model: PreTrainedModel) -> tuple[int, ...]:
                     f"{type(module).__name__} returns {type(output).__name__} and not its hidden "
                     "states first; this architecture is not supported"
                 )
-            counts[index] = len(output) - 1 if isinstance(output, tuple) else 0
+            counts[index] = len(output) - 1 if isinstance(output, tuple) else None
 
         return after
 
@@ -123,9 +123,9 @@ def count_side_results(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def with_side_results(hidden_states: Tensor, count: int) -> Any:
-    """What a layer with `count` side results returns, with none of them."""
-    return (hidden_states, *(None,) * count) if count else hidden_states
+def with_side_results(hidden_states: Tensor, count: int | None) -> Any:
+    """What a layer with `count` side results returns, with none of them; None: a bare tensor."""
+    return hidden_states if count is None else (hidden_states, *(None,) * count)
 
 
 @torch.no_grad()

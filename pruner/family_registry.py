@@ -11,6 +11,7 @@ One file a family, family_data/NAME.toml:
     [lists.FIELD]       a per-layer list that the class derives: `rule` and its parameters
                         (layer_rules.py), in the order in which they depend on each other
     [indices.FIELD]     a list of layer numbers, derived from the field named `step`
+    period_in_vllm      each so-many-th layer has no window in vLLM, whatever layer_types says
     multimodal          model types that hold such a language model in text_config, each with the
                         text model's type where text_config names none ("": it must)
     feeds_first_layers  the multimodal config's field (dotted) with one entry for each of the first
@@ -28,9 +29,10 @@ from typing import Any
 
 from trsp.pruner.layer_rules import RULES, Rule
 
-_FIELDS = {
-    "model_types", "refused", "sparse_step", "also_intervals", "thresholds", "lists", "indices",
-    "multimodal", "feeds_first_layers",
+_FIELDS: Mapping[str, type] = {
+    "model_types": list, "refused": str, "sparse_step": bool, "also_intervals": list,
+    "thresholds": dict, "lists": dict, "indices": dict, "multimodal": dict,
+    "feeds_first_layers": str, "period_in_vllm": int,
 }  # fmt: skip
 
 
@@ -44,6 +46,7 @@ class Family:
         thresholds: what the class has in a threshold that config.json does not name.
         steps: by the field of a list of layer numbers, the interval that it is derived from.
         sparse_step: decoder_sparse_step and mlp_only_layers say which layers have experts.
+        period_in_vllm: each so-many-th layer has no window in vLLM; None: it reads layer_types.
         refused: why its models cannot be pruned; None where they can.
     """
 
@@ -52,6 +55,7 @@ class Family:
     thresholds: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, str] = field(default_factory=dict)
     sparse_step: bool = False
+    period_in_vllm: int | None = None
     refused: str | None = None
 
     def own_fields(self) -> set[str]:
@@ -120,8 +124,13 @@ def parse_registry(texts: Mapping[str, str]) -> Registry:
 
 
 def _family(document: dict[str, Any]) -> Family:
-    if unknown := sorted(set(document) - _FIELDS):
+    if unknown := sorted(set(document) - _FIELDS.keys()):
         raise ValueError(f"the field {unknown[0]!r} is unknown")
+    for name, value in document.items():
+        if not isinstance(value, _FIELDS[name]):
+            raise ValueError(f"{name} is {value!r}, expected {_FIELDS[name].__name__}")
+    if "feeds_first_layers" in document and "multimodal" not in document:
+        raise ValueError("feeds_first_layers is for multimodal types, and there are none")
     if "refused" in document:
         if set(document) != {"model_types", "refused"}:
             raise ValueError("a refused family has model_types and the reason, nothing else")
@@ -144,4 +153,5 @@ def _family(document: dict[str, Any]) -> Family:
         thresholds=thresholds,
         steps={name: entry["step"] for name, entry in document.get("indices", {}).items()},
         sparse_step=document.get("sparse_step", False),
+        period_in_vllm=document.get("period_in_vllm"),
     )

@@ -225,7 +225,7 @@ def describe(
         lines += plan_compaction(checkpoint, given).describe().splitlines()
     else:
         run.check_target()
-        count = recipe.deepest_to_remove(num_layers)
+        count = recipe.deepest_to_remove(num_layers, run.needed_layers())
         lines.append(
             f"selection  {_up_to(recipe)}{count} of {num_layers} layers go, by "
             f"{recipe.selection.method}; "
@@ -241,7 +241,7 @@ def describe(
         num_held_out = count_held_out(num_sequences, recipe.auto.held_out)
         lines.append(
             f"search     {num_held_out} of {num_sequences} sequences are held out; "
-            f"{plan_search(recipe, num_layers).describe()}"
+            f"{plan_search(recipe, num_layers, run.needed_layers()).describe()}"
         )
     return lines
 
@@ -337,6 +337,7 @@ def _publish(
             run.texts.held_out_bits = bits_per_byte(dense["loss"], run.texts.held_out_bytes)
     report["texts"] = run.texts.to_document()
     report["warnings"] = report["texts"].pop("warnings")
+    report["warnings"] += plan_compaction(checkpoint, layer_map).warnings
 
     compaction = ExitStack()
 

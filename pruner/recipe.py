@@ -6,6 +6,7 @@ default (see selection.py and transfer.py for what that means); lengths are in t
 
 import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -207,11 +208,15 @@ class Recipe(_Section):
             )
         return count
 
-    def deepest_to_remove(self, num_hidden_layers: int) -> int:
-        """How many layers are ordered at most: a search by quality looks deeper than it cuts."""
+    def deepest_to_remove(self, num_hidden_layers: int, needed: Iterable[int] = ()) -> int:
+        """How many layers are ordered at most: a search by quality looks deeper than it cuts.
+
+        `needed`: layers that the model's family needs, beside the protected ones.
+        """
         if self.auto is None or self.auto.max_increase is None:
             return self.num_to_remove(num_hidden_layers)
-        removable = num_hidden_layers - len(self.protected_layers(num_hidden_layers))
+        protected = self.protected_layers(num_hidden_layers) | set(needed)
+        removable = num_hidden_layers - len(protected)
         wanted = round(self.auto.deepest_ratio * num_hidden_layers)
         return max(1, min(wanted, removable, num_hidden_layers - 1))
 

@@ -162,7 +162,7 @@ class Run:
     def check_target(self) -> None:
         """Refuse what could only be refused after stage 1: the number of layers, the config."""
         num_layers = self.checkpoint.num_hidden_layers
-        count = self.recipe.deepest_to_remove(num_layers)
+        count = self.recipe.deepest_to_remove(num_layers, self.needed_layers())
         protected = self.protected_layers()
         check_target(num_layers, count, protected)
         removable = [layer for layer in range(num_layers) if layer not in protected]
@@ -188,8 +188,13 @@ class Run:
 
     def protected_layers(self) -> frozenset[int]:
         """Layers that no selection takes: the recipe's, and those that the family needs."""
-        asked = self.recipe.protected_layers(self.checkpoint.num_hidden_layers)
-        return asked | layers_that_must_stay(self.checkpoint.config).keys()
+        return (
+            self.recipe.protected_layers(self.checkpoint.num_hidden_layers) | self.needed_layers()
+        )
+
+    def needed_layers(self) -> frozenset[int]:
+        """Layers that the model's family needs, whatever the recipe protects."""
+        return frozenset(layers_that_must_stay(self.checkpoint.config))
 
     def refuse_same_files(self) -> None:
         """Refuse held-out files that are calibration files, before anything is tokenized."""

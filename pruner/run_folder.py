@@ -107,23 +107,25 @@ class RunFolder:
 
         Raises:
             UserError: a run is there and neither `resume` nor `overwrite` is given; none is there
-                to be resumed; or `overwrite` would delete something that is no run of ours.
+                to be resumed; or something is there that is no run of ours.
         """
         is_run = (self.path / "run.json").is_file()
         if resume:
             if not is_run:
                 raise UserError(f"{self.path} holds no unfinished run; start without --resume")
-        elif self.path.exists() or self.path.is_symlink():
-            if not overwrite:
-                raise UserError(
-                    f"{self.path} holds an earlier run; continue it with --resume, or start anew "
-                    "with --overwrite"
-                )
-            if self.path.is_symlink() or not is_run:
-                raise UserError(
-                    f"{self.path} is in the way and is no run of trsp: move it, or choose another "
-                    "--out"
-                )
+        elif self.path.is_symlink() or (self.path.exists() and not is_run and not self._is_empty()):
+            raise UserError(
+                f"{self.path} is in the way and is no run of trsp: move it, or choose another --out"
+            )
+        elif is_run and not overwrite:
+            raise UserError(
+                f"{self.path} holds an earlier run; continue it with --resume, or start anew "
+                "with --overwrite"
+            )
+
+    def _is_empty(self) -> bool:
+        """A folder with nothing in it, as a run leaves that was killed in its first moment."""
+        return self.path.is_dir() and not any(self.path.iterdir())
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         before = self._read("run.json")

@@ -159,6 +159,8 @@ def open_served_layers(
             "not served over a layer map; write the shallower checkpoint with trsp compact"
         )
     plan = plan_compaction(checkpoint, layer_map)
+    if plan.warnings:
+        raise UserError(f"{checkpoint.path}: {'; '.join(plan.warnings)}")
     found, expected = sample_weights(checkpoint), layer_map.base_model.weights_sha256
     # Here alone: compaction may delete the chosen layers of other weights on purpose.
     if expected is not None and found != expected:

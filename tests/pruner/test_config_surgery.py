@@ -16,7 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from trsp.bench.pico_families import PICO_CONFIGS
 from trsp.pruner import config_surgery
-from trsp.pruner.config_surgery import layers_that_must_stay, num_hidden_layers, rewrite_config
+from trsp.pruner.config_surgery import (
+    layers_that_must_stay,
+    num_hidden_layers,
+    read_otherwise,
+    rewrite_config,
+)
 from trsp.pruner.errors import UserError
 from trsp.pruner.family_registry import Family, Registry, registry
 from trsp.pruner.layer_map import ConfigChange
@@ -772,6 +777,29 @@ def test_layers_that_must_stay(family: str, layers: list[int]) -> None:
     config = json.loads(PICO_CONFIGS[family]().to_json_string())
     assert list(layers_that_must_stay(config)) == layers
     assert layers_that_must_stay({"model_type": "my_own", "num_hidden_layers": 4}) == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [(t, "layer_types") for t in ("gemma3_text", "qwen3_next", "gpt_oss", "smollm3")]
+    + [("llama4_text", "no_rope_layers"), ("llama4_text", "moe_layers")],
+)
+def test_null_leaves_a_list_to_the_class(model_type: str, field: str) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 8}
+    assert rewrite_config({**config, field: None}, [2, 3, 4])[0] == {
+        field: None, **rewrite_config(config, [2, 3, 4])[0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kept", "warned"), [([0, 1, 4, 5], False), ([2, 3], False), ([1, 2, 3], True), ([0, 2], True)]
+)
+def test_windows_that_vllm_takes_from_the_number_are_told(kept: list[int], warned: bool) -> None:
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 8}
+    assert read_otherwise(config) == ()
+    found = read_otherwise(rewrite_config(config, kept)[0])
+    assert bool(found) == warned
+    assert read_otherwise({"model_type": "gemma2", "num_hidden_layers": 8}) == ()
 
 
 def test_draft_layers_stay_behind_the_layers() -> None:

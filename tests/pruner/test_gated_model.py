@@ -1,6 +1,7 @@
 """GatedModel: the patched layers are the model's own, scaled, skipped and measured exactly."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ from trsp.bench.pico_families import PICO_CONFIGS
 from trsp.pruner import gated_model as gated_model_module
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import UserError
-from trsp.pruner.families import count_side_results, decoder_layers, find_branches
+from trsp.pruner.families import (
+    count_side_results,
+    decoder_layers,
+    find_branches,
+    with_side_results,
+)
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.next_norms import find_next_norms
 from trsp.pruner.recipe import FuseNorms
@@ -361,15 +367,13 @@ def test_layers_with_side_results_are_skipped_without_them(family: str) -> None:
 
 
 class ReadingBlock:
-    """A layer of a model that reads its side result."""
+    """A layer of a model that does something with what it returns."""
 
-    def __init__(self, layer: nn.Module, seen: list[Any]) -> None:
-        self.layer, self.seen = layer, seen
+    def __init__(self, layer: nn.Module, read: Callable[[Any], Any]) -> None:
+        self.layer, self.read = layer, read
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
-        self.seen.append(output[1])
-        return output
+        return self.read(self.layer(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -378,7 +382,12 @@ class ReadingBlock:
 class ReadingList(nn.ModuleList):
     def __iter__(self) -> Any:
         self.seen: list[Any] = []
-        return (ReadingBlock(layer, self.seen) for layer in super().__iter__())
+
+        def remember(output: Any) -> Any:
+            self.seen.append(output[1])
+            return output
+
+        return (ReadingBlock(layer, remember) for layer in super().__iter__())
 
 
 @pytest.mark.parametrize("forgiving", [True, False])
@@ -395,6 +404,23 @@ def test_side_results_that_the_model_reads_are_refused(forgiving: bool) -> None:
     model.lm_head.register_forward_hook(use)
     with pytest.raises(UserError, match="the model reads what ReadingBlock returns"):
         count_side_results(model)
+
+
+def test_a_tuple_of_one_stays_a_tuple(model: PreTrainedModel) -> None:
+    """As models with code of their own return it, and take its first element."""
+
+    class FirstOf(nn.ModuleList):
+        def __iter__(self) -> Any:
+            return (ReadingBlock(layer, lambda output: output[0]) for layer in super().__iter__())
+
+    assert count_side_results(model) == (None, None, None)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: (output,))
+    model.model.layers = FirstOf(list(model.model.layers))
+    assert count_side_results(model) == (0, 0, 0)
+    x = torch.ones(2)
+    assert with_side_results(x, 0) == (x,)
+    assert with_side_results(x, None) is x
 
 
 def test_the_language_layers_are_found_beside_a_tower_as_deep() -> None:

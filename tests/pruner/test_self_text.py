@@ -346,10 +346,11 @@ def test_a_folder_in_use_is_found_before_the_model_writes(
     pico_llama: Path, tmp_path: Path, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "sample_self_text", no_more_sampling)
-    (tmp_path / "out.run").mkdir()
+    for name in ("out.run", "plan.json.run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
     with pytest.raises(UserError, match="holds an earlier run"):
         api.prune(pico_llama, tmp_path / "out", **words)
-    (tmp_path / "plan.json.run").mkdir()
     with pytest.raises(UserError, match="holds an earlier run"):
         api.plan(pico_llama, tmp_path / "plan.json", data=["self"], layers=2)
 
