@@ -372,7 +372,7 @@ def test_overwrite_deletes_no_input_and_no_folder_of_the_user(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("layer_moods", [1, 2, 3, 4, 5, 6]), ("num_nextn_predict_layers", 1)]
+    ("field", "value"), [("layer_moods", [1, 2, 3, 4, 5, 6]), ("moe_layer_freq", 2)]
 )
 def test_what_cannot_be_carried_over_is_refused_before_training(
     pico_llama: Path, tmp_path: Path, words: dict[str, Any], field: str, value: Any
