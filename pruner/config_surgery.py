@@ -215,6 +215,8 @@ def read_otherwise(config: Mapping[str, Any]) -> tuple[str, ...]:
 def num_hidden_layers(config: Mapping[str, Any]) -> int:
     """The number of decoder layers a config names, in its `text_config` where it has one.
 
+    Older transformers left out of a text_config what its class fills in (Llava-1.5's 32 layers).
+
     Raises:
         UserError: it names none, names that disagree, or no positive integer.
     """
@@ -222,6 +224,11 @@ def num_hidden_layers(config: Mapping[str, Any]) -> int:
     if not isinstance(section, Mapping):
         raise UserError(f"config.json: text_config is {brief(section)}, expected an object")
     named = {name: section[name] for name in _COUNTS if section.get(name) is not None}
+    if not named and section is not config:
+        model_type = str(section.get("model_type"))
+        family = registry().families.get(model_type, Family())
+        if model_type in family.default_num_layers:
+            return family.default_num_layers[model_type]
     if not named:
         where = "" if section is config else " in text_config"
         raise UserError(f"config.json names no num_hidden_layers{where}; write it there")
@@ -280,6 +287,8 @@ def _carry_over(
                 refusals.append(f"{prefix}{name} is {brief(value)}, not a whole number")
         elif name not in own_fields:
             refusals += _dependences(prefix + name, value, num_layers)
+    if all(section.get(name) is None for name in _COUNTS):
+        new["num_hidden_layers"] = len(kept)
     for name, value in family.thresholds.items():
         if name not in section and (threshold := _threshold(value, kept, num_layers)) != value:
             new[name] = threshold

@@ -6,6 +6,8 @@ One file a family, family_data/NAME.toml:
     refused             why models of these types cannot be pruned; nothing else then
     sparse_step         experts by decoder_sparse_step and mlp_only_layers (Qwen MoE)
     also_intervals      fields that only feed a derived list, beside the rules' own
+    default_num_layers  by model type, the number of layers that the class fills in; for those whose
+                        text_config on the Hub leaves it out
     thresholds          fields under whose number layers are of one kind, with the number that the
                         class fills in where config.json names none
     [lists.FIELD]       a per-layer list that the class derives: `rule` and its parameters
@@ -31,8 +33,8 @@ from trsp.pruner.layer_rules import RULES, Rule
 
 _FIELDS: Mapping[str, type] = {
     "model_types": list, "refused": str, "sparse_step": bool, "also_intervals": list,
-    "thresholds": dict, "lists": dict, "indices": dict, "multimodal": dict,
-    "feeds_first_layers": str, "period_in_vllm": int,
+    "default_num_layers": dict, "thresholds": dict, "lists": dict, "indices": dict,
+    "multimodal": dict, "feeds_first_layers": str, "period_in_vllm": int,
 }  # fmt: skip
 
 
@@ -43,6 +45,7 @@ class Family:
     Attributes:
         lists: rules of derived per-layer lists by field, in order.
         intervals: fields read only for those lists; removed where they no longer tell the truth.
+        default_num_layers: the depth of a text_config that names none, by model type.
         thresholds: what the class has in a threshold that config.json does not name.
         steps: by the field of a list of layer numbers, the interval that it is derived from.
         sparse_step: decoder_sparse_step and mlp_only_layers say which layers have experts.
@@ -52,6 +55,7 @@ class Family:
 
     lists: Mapping[str, Rule] = field(default_factory=dict)
     intervals: tuple[str, ...] = ()
+    default_num_layers: Mapping[str, int] = field(default_factory=dict)
     thresholds: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, str] = field(default_factory=dict)
     sparse_step: bool = False
@@ -145,11 +149,16 @@ def _family(document: dict[str, Any]) -> Family:
         lists[name] = RULES[rule](**words)
         intervals += [words["field"]] if "field" in words else []
     thresholds = document.get("thresholds", {})
-    if unfit := [name for name, value in thresholds.items() if type(value) is not int]:
-        raise ValueError(f"the threshold {unfit[0]!r} is no whole number")
+    depths = document.get("default_num_layers", {})
+    for name, value in [*thresholds.items(), *depths.items()]:
+        if type(value) is not int:
+            raise ValueError(f"the number of {name!r} is no whole number")
+    if unknown := sorted(set(depths) - set(document["model_types"])):
+        raise ValueError(f"{unknown[0]!r} is none of model_types")
     return Family(
         lists=lists,
         intervals=tuple(intervals),
+        default_num_layers=depths,
         thresholds=thresholds,
         steps={name: entry["step"] for name, entry in document.get("indices", {}).items()},
         sparse_step=document.get("sparse_step", False),

@@ -21,6 +21,21 @@ def test_transformers_knows_every_model_type() -> None:
     assert types - set(CONFIG_MAPPING) == {"minicpm"}
 
 
+def test_what_classes_fill_in_is_what_the_entries_say() -> None:
+    said = [
+        (model_type, name, value)
+        for model_type, family in registry().families.items()
+        for name, value in [
+            *family.thresholds.items(),
+            ("num_hidden_layers", family.default_num_layers.get(model_type)),
+        ]
+        if value is not None
+    ]
+    assert len(said) > 1
+    for model_type, name, value in said:
+        assert getattr(CONFIG_MAPPING[model_type](), name) == value
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -34,6 +49,7 @@ def test_transformers_knows_every_model_type() -> None:
         (LLAMA + 'also_intervals = "ab"', "also_intervals is 'ab', expected list"),
         (LLAMA + 'sparse_step = "no"', "sparse_step is 'no', expected bool"),
         (LLAMA + 'feeds_first_layers = "a.b"', "there are none"),
+        (LLAMA + "default_num_layers = { opt = 3 }", "'opt' is none of model_types"),
         (LLAMA + "thresholds = { first_k_dense_replace = '3' }", "no whole number"),
         (LLAMA + 'multimodal = { seer = "opt" }', "seer: opt is in no file"),
         ("model_types = [", "a.toml"),

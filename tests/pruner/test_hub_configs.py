@@ -4,11 +4,19 @@ Only the fields that matter are given: those that depend on the layers, and thos
 as if they did.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
+from trsp.bench.pico_families import PICO_CONFIGS
+from trsp.pruner.checkpoint import load_model, open_checkpoint
+from trsp.pruner.compaction import compact
 from trsp.pruner.config_surgery import num_hidden_layers, rewrite_config
+from trsp.pruner.layer_map import ConfigChange, LayerMap, read_layer_map
+from trsp.pruner.run import base_model_of
 
 COHERE_LEGACY = {
     "layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0,
@@ -45,7 +53,7 @@ HUB: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"model_type": "llava", "ignore_index": -100, "image_token_index": 32000,
          "image_seq_length": 576, "vision_feature_layer": -2,
          "vision_feature_select_strategy": "default",
-         "text_config": {"model_type": "llama", "num_hidden_layers": 32},
+         "text_config": {"model_type": "llama", "_name_or_path": "lmsys/vicuna-7b-v1.5"},
          "vision_config": {"num_hidden_layers": 24, "projection_dim": 768}},
         set(),
     ),
@@ -94,3 +102,20 @@ def test_it_can_be_cut(repository: str) -> None:
     assert num_hidden_layers(new_config) == num_layers - 2
     counts = {"num_hidden_layers", "text_config.num_hidden_layers", "n_layers"}
     assert {change.field for change in changes} - counts == expected
+
+
+def test_a_text_config_that_does_not_say_how_deep_it_is(tmp_path: Path) -> None:
+    """As Llava-1.5's: the class fills in 32, and what is cut must say."""
+    config: Any = PICO_CONFIGS["llava"]()
+    config.text_config.num_hidden_layers = 32
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    document = json.loads(file.read_text("utf-8"))
+    del document["text_config"]["num_hidden_layers"]
+    file.write_text(json.dumps(document), "utf-8")
+    dense = open_checkpoint(tmp_path / "dense")
+    layer_map = LayerMap.from_keep(base_model_of(dense), range(0, 32, 2))
+    model = load_model(open_checkpoint(compact(dense, layer_map, tmp_path / "cut")))
+    assert model.config.text_config.num_hidden_layers == 16
+    changes = read_layer_map(tmp_path / "cut" / "layer_map.json").config_changes
+    assert changes == (ConfigChange("text_config.num_hidden_layers", None, 16),)

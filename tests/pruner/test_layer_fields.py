@@ -5,6 +5,7 @@ another one for another number of layers.
 """
 
 import functools
+import json
 import warnings
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trsp.pruner import config_surgery
-from trsp.pruner.config_surgery import rewrite_config
+from trsp.pruner.config_surgery import layers_that_must_stay, num_hidden_layers, rewrite_config
 from trsp.pruner.errors import UserError
+from trsp.pruner.family_registry import registry
 
 NUM_LAYERS = 24
 MORE_LAYERS = 3
@@ -192,3 +194,38 @@ def test_a_field_without_a_rule_is_refused_by_name(field: str) -> None:
         config = {"model_type": "llama", "num_hidden_layers": NUM_LAYERS, field: value}
         with pytest.raises(UserError, match=field):
             rewrite_config(config, [0, 1])
+
+
+# They need a package or the network to be made.
+NOT_MADE = {"edgetam", "edgetam_vision_model", "pe_audio_video", "pe_video"}
+NOT_MADE |= {f"{name}_encoder" for name in ("pe_audio_video", "pe_video")}
+ENCODER_AND_DECODER = {
+    "encoder-decoder", "nougat", "rag", "speech-encoder-decoder", "vision-text-dual-encoder",
+}  # fmt: skip
+
+
+def test_every_supported_type_is_looked_at() -> None:
+    scanned = {config.model_type for config in language_configs()}
+    # Its own class is that of its text_config.
+    assert set(registry().supported()) - scanned == {"qwen2_5_vl"}
+
+
+def test_every_class_is_cut_or_refused() -> None:
+    """Of all classes, language models or not: only checked types are cut, the others told why."""
+    cut, num_refused = set(), 0
+    left_out = MADE_OF_PARTS | NOT_MADE | ENCODER_AND_DECODER
+    for name in sorted(set(CONFIG_MAPPING.keys()) - left_out):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = json.loads(CONFIG_MAPPING[name]().to_json_string(use_diff=False))
+        try:
+            kept = sorted({0, *layers_that_must_stay(config)})
+            rewrite_config(config, kept)
+            # One that has a single layer keeps it.
+            if len(kept) < num_hidden_layers(config):
+                cut.add(config["model_type"])
+        except UserError:
+            num_refused += 1
+    assert num_refused > 300
+    assert cut <= {*registry().supported(), *registry().multimodal}
+    assert set(registry().supported()) <= cut
