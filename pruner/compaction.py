@@ -35,8 +35,9 @@ from trsp.pruner.durable import (
 )
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.layer_map import ConfigChange, LayerMap, write_layer_map
+from trsp.pruner.module_names import Renumbering
 from trsp.pruner.progress import Progress, silent
-from trsp.pruner.quantization import SIDE_FILES, Renumbering, rewrite_quantization
+from trsp.pruner.quantization import SIDE_FILES, rewrite_quantization
 from trsp.pruner.safetensors_header import TensorEntry, header_bytes
 
 LAYER_MAP_NAME = "layer_map.json"

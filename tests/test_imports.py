@@ -35,7 +35,8 @@ SERVING_READS = {
 PRUNER_ROOMS = (
     ("errors", "progress", "bounded_json", "durable", "layer_map", "layer_lists"),
     ("recipe", "token_ids", "safetensors_header"),
-    ("layer_rules", "family_registry", "config_surgery", "quantization", "checkpoint"),
+    ("layer_rules", "family_registry", "config_surgery"),
+    ("module_names", "quantization", "checkpoint"),
     ("mergekit_slices", "keep_lists", "adapter_names", "adapters"),
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),

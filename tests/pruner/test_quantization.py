@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from trsp.bench.pico_checkpoint import pico_text, write_pico_checkpoint
 from trsp.pruner import api
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import read_layer_map
-from trsp.pruner.quantization import MODULE_LISTS, Renumbering, rewrite_quantization
+from trsp.pruner.module_names import Renumbering
+from trsp.pruner.quantization import MODULE_LISTS, rewrite_quantization
 
 KEPT = (0, 2, 3, 5, 7)
 DENSE_MLP = ["lm_head", "model.layers.1.mlp", "model.layers.3.mlp.down_proj", "model.layers.7"]
@@ -69,9 +73,18 @@ FORMS: dict[str, tuple[Callable[[str, Tensor], Tensors], dict[str, Any], dict[st
         {
             "quant_method": "gptq",
             "modules_in_block_to_quantize": [["self_attn.q_proj"]],
-            "dynamic": {r"-:model\.layers\.\d+\.mlp\.gate": {}},
+            "dynamic": {
+                r"-:model\.layers\.\d+\.mlp\.gate": {},
+                r"-:.*\.1\.mlp.*": {},
+                r"+:.*\.(4|5|7)\.(?:self_attn|mlp).*": {"bits": 8},
+            },
         },
-        {},
+        {
+            "dynamic": {
+                r"-:model\.layers\.\d+\.mlp\.gate": {},
+                r"+:.*\.((?!)|3|4)\.(?:self_attn|mlp).*": {"bits": 8},
+            },
+        },
     ),
     "compressed-tensors": (
         compressed,
@@ -172,7 +185,7 @@ def test_files_beside_the_config_follow(tmp_path: Path) -> None:
     write_pico_checkpoint("llama", dense, dtype=torch.bfloat16)
     inner = {
         "quant_algo": "MIXED_PRECISION",
-        "exclude_modules": ["lm_head", "model.layers.7.self_attn*", "model.layers.*.mlp*"],
+        "exclude_modules": ["lm_head", "model.layers.[67].mlp*"],
         "quantized_layers": {"model.layers.1.mlp": {"a": 1}, "model.layers.2.mlp": {"a": 2}},
     }
     written = {"producer": {"name": "modelopt"}, "quantization": inner}
@@ -180,13 +193,14 @@ def test_files_beside_the_config_follow(tmp_path: Path) -> None:
     assert open_checkpoint(dense).quantization == "hf_quant_config.json"
     with pytest.raises(UserError, match=r"hf_quant_config.json: exclude_modules: the pattern"):
         api.prune(dense, tmp_path / "out", keep=KEPT, vllm="off")
-    inner["exclude_modules"] = ["lm_head", "model.layers.7.self_attn", "model.layers.*.mlp*"]
+    # As NVIDIA's own checkpoints have it.
+    inner["exclude_modules"] = ["lm_head", "model.layers.7.self_attn*", "model.layers.*.mlp*"]
     (dense / "hf_quant_config.json").write_text(json.dumps(written))
     api.prune(dense, tmp_path / "out", keep=KEPT, vllm="off")
     found = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text("utf-8"))
     assert found["producer"] == written["producer"]
     assert found["quantization"]["exclude_modules"] == [
-        "lm_head", "model.layers.4.self_attn", "model.layers.*.mlp*",
+        "lm_head", "model.layers.4.self_attn*", "model.layers.*.mlp*",
     ]  # fmt: skip
     assert found["quantization"]["quantized_layers"] == {"model.layers.1.mlp": {"a": 2}}
 
@@ -236,7 +250,14 @@ def test_nothing_named_changes_nothing(method: str) -> None:
         ({"quant_method": "awq", "modules_to_not_convert": [3]}, "names 3, expected a module"),
         ({"quant_method": "awq", "modules_to_not_convert": ["layers.[01].mlp"]}, "tells layers"),
         ({"quant_method": "awq", "modules_to_not_convert": ["tower.layers.1.mlp"]}, "of no stack"),
-        ({"quant_method": "gptq", "dynamic": {r"+:.*\.3\.mlp": {}}}, "tells layers apart"),
+        ({"quant_method": "gptq", "dynamic": {r"+:.*\.[23]\.mlp": {}}}, "tells layers apart"),
+        ({"quant_method": "gptq", "dynamic": {r"+:.*\.3\.odd": {}}}, "number, and takes no module"),
+        ({"quant_method": "gptq", "dynamic": {r"-:.*\.[34]\.odd": {}}}, "and takes no module"),
+        (
+            {"quant_method": "gptq", "modules_in_block_to_quantize": ["layers.1.mlp"]},
+            "would name all",
+        ),
+        ({"quant_method": "fp8", "ignored_layers": ["3.mlp"]}, "begins with a number"),
         ({"quant_method": "gptq", "dynamic": {"-:(": {}}}, "is no regular expression"),
         ({"quant_method": "gptq", "dynamic": ["a"]}, "dynamic is .* expected an object"),
         ({"quant_method": "compressed-tensors", "ignore": ["re:" + "a" * 501]}, "at most 500"),
@@ -261,3 +282,119 @@ def test_a_pattern_becomes_the_names_it_stands_for() -> None:
     assert rewrite_quantization(section, RENUMBERING)["ignore"] == [
         "model.layers.1.self_attn.o", "model.layers.2.self_attn.o",
     ]  # fmt: skip
+
+
+# Layers 1 and 10 to 12 begin with the same digit; layer 12 alone has eh_proj, as a draft does.
+DEEP = Renumbering(
+    "model.layers.",
+    (0, 2, 3, 5, 7, 10, 11),
+    12,
+    frozenset(
+        f"model.layers.{layer}.{name}"
+        for layer in range(13)
+        for name in ("mlp.up_proj", "mlp.experts.1.w1", "self_attn.q_proj")
+    )
+    | {"lm_head", "model.layers.12.eh_proj", "model.layers.3.linear_attn.in_proj"},
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "new"),
+    [
+        # A module that one layer alone has: the pattern is of that layer, not of all that have it.
+        ("compressed-tensors", r"re:.*layers\.12\.eh_proj", r"re:.*layers\.7\.eh_proj"),
+        ("compressed-tensors", r"re:.*\.3\.linear_attn.*", r"re:.*\.2\.linear_attn.*"),
+        # Engines' names for what the checkpoint has in parts.
+        ("compressed-tensors", r"re:.*\.3\.self_attn\.qkv_proj", r"re:.*\.2\.self_attn\.qkv_proj"),
+        ("compressed-tensors", r"re:.*\.1\.mlp.*", None),
+        ("compressed-tensors", r"re:.*experts\.1\.w1", r"re:.*experts\.1\.w1"),
+        ("compressed-tensors", "model.layers.1", None),
+        ("modelopt", "model.layers.11.self_attn*", "model.layers.6.self_attn*"),
+        ("modelopt", "model.layers.12*", "model.layers.7*"),
+        ("modelopt", "model.layers.10.*", "model.layers.5.*"),
+        ("modelopt", "model.layers.1.*", None),
+        ("gptq", "model.layers.3.mlp.up_proj", "model.layers.2.mlp.up_proj"),
+        ("fp8", "model.layers.11", "model.layers.6"),
+    ],
+)
+def test_an_entry_of_a_deep_model(method: str, entry: str, new: str | None) -> None:
+    field = MODULE_LISTS[method][-1]
+    section = {"quant_method": method, field: ["lm_head", entry]}
+    found = rewrite_quantization(section, DEEP)[field]
+    assert found == ["lm_head", *([] if new is None else [new])]
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "said"),
+    [
+        ("fp8", "model.layers.1", "beginning of other layers' names too"),
+        ("modelopt", "model.layers.1*", "beginning of other layers' names too"),
+        # As regular expressions: every layer, and 1 with 10 and on.
+        ("fp8", "model.layers.1*", "tells layers apart"),
+        ("fp8", "model.layers.1.*", "tells layers apart"),
+    ],
+)
+def test_a_layer_that_may_be_the_beginning_of_others_is_refused(
+    method: str, entry: str, said: str
+) -> None:
+    section = {"quant_method": method, MODULE_LISTS[method][0]: [entry]}
+    with pytest.raises(UserError, match=said):
+        rewrite_quantization(section, DEEP)
+
+
+def test_the_beginning_of_others_after_pruning_is_refused_too() -> None:
+    """Layer 2 is no beginning of another one; as layer 1 it is one of layer 10's."""
+    modules = frozenset(f"model.layers.{layer}.mlp" for layer in range(20))
+    renumbering = Renumbering("model.layers.", (0, *range(2, 20)), 20, modules)
+    section = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.2"]}
+    with pytest.raises(UserError, match="beginning of other layers' names too"):
+        rewrite_quantization(section, renumbering)
+
+
+ALWAYS_WRITTEN = {
+    *("model.layers.{}.mlp", "layers.{}.self_attn.q_proj", "model.layers.{}.self*"),
+    *("model.layers.{}.mlp.experts.1.w1", r".*layers\.{}\.mlp\..*", "up_proj"),
+}
+
+
+@given(
+    number=st.integers(0, 12),
+    form=st.sampled_from(
+        [
+            *("model.layers.{}", "{}.mlp"),
+            *("model.layers.{}.*", "model.layers.{}*", r".*\.{}\.mlp.*", r".*\.({}|4)\..*proj"),
+            *("model.layers.*.mlp", "eh_proj$", *sorted(ALWAYS_WRITTEN)),
+        ]
+    ),
+    dropped=st.sets(st.integers(0, 11), min_size=1, max_size=10),
+)
+@settings(max_examples=300, deadline=None)
+def test_transformers_converts_what_it_did(number: int, form: str, dropped: set[int]) -> None:
+    """Its own reading of an entry, before and after, on every module that stays."""
+    kept = [layer for layer in range(12) if layer not in dropped]
+    renumbering = Renumbering("model.layers.", kept, 12, DEEP.modules)
+    old = form.format(number)
+    section = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": [old]}
+    try:
+        new = rewrite_quantization(section, renumbering)["llm_int8_skip_modules"]
+    except UserError:
+        event(f"refused: {form}")
+        # These can always be written: a refusal would hide what is not.
+        if form in ALWAYS_WRITTEN:
+            raise
+        return
+    event("rewritten" if new else "gone")
+    for module in DEEP.modules:
+        renamed = renumbering.name(module)
+        if renamed is not None:
+            before, after = (
+                should_convert_module(module, [old]),
+                should_convert_module(renamed, new),
+            )
+            assert before == after, (old, new, module, renamed)
+
+
+def test_nothing_is_refused_where_nothing_goes() -> None:
+    whole = Renumbering("model.layers.", range(12), 12, DEEP.modules)
+    section = {"quant_method": "hqq", "modules_to_not_convert": ["model.layers.1"]}
+    assert rewrite_quantization(section, whole) == section
