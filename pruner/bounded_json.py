@@ -11,7 +11,9 @@ from trsp.pruner.errors import UserError
 MAX_DEPTH = 64
 
 
-def read_json_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
+def read_json_object(
+    path: str | os.PathLike[str], *, max_bytes: int, unique_keys: bool = False
+) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
@@ -25,7 +27,7 @@ def read_json_object(path: str | os.PathLike[str], *, max_bytes: int) -> dict[st
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if len(content) > max_bytes:
         raise UserError(f"{path}: is larger than {max_bytes} bytes, far more than it should hold")
-    return parse_json_object(content, where=str(path))
+    return parse_json_object(content, where=str(path), unique_keys=unique_keys)
 
 
 def parse_json_object(content: bytes, *, where: str, unique_keys: bool = False) -> dict[str, Any]:

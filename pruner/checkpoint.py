@@ -35,6 +35,7 @@ MAX_INDEX_BYTES = 64 * 2**20
 
 _LAYER_NAME = re.compile(r"((?:.*?\.)?(?:layers|h|blocks|block)\.)(0|[1-9][0-9]{0,8})\.")
 _NOT_LANGUAGE = re.compile(r"vision|visual|image|audio|speech|video|encoder|draft|mtp")
+_MTP = re.compile(r"(^|\.)mtp\.")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight"
 )
@@ -74,6 +75,14 @@ class Checkpoint:
                 if isinstance(section := part.get(field), dict):
                     return quantization_method(section)
         return next((name for name in SIDE_FILES if (self.path / name).exists()), None)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether it holds layers for drafting: behind the decoder layers, or under mtp."""
+        return any(
+            _MTP.search(name) or (self.source_layer(name) or 0) >= self.num_hidden_layers
+            for name in self.tensors
+        )
 
     def source_layer(self, tensor_name: str) -> int | None:
         """The number of the layer that a tensor belongs to; None for embeddings, norm and head.
@@ -403,7 +412,9 @@ def _read_weights(path: Path) -> tuple[tuple[Shard, ...], dict[str, TensorEntry]
 def _read_index(path: Path) -> dict[str, str]:
     """Read the index's weight_map: base names of safetensors files by tensor name."""
     file = path / INDEX_NAME
-    document = read_json_object(contained_file(path, INDEX_NAME), max_bytes=MAX_INDEX_BYTES)
+    document = read_json_object(
+        contained_file(path, INDEX_NAME), max_bytes=MAX_INDEX_BYTES, unique_keys=True
+    )
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map; fetch the checkpoint again")

@@ -46,6 +46,11 @@ LAYER_MAP_NAME = "layer_map.json"
 _PIECE_BYTES = 2**20
 _NUM_PIECES = 8
 
+_DRAFTS_ARE_AS_TRAINED = (
+    "layers for drafting (MTP) move along as they are: they were trained behind all the layers, "
+    "and fewer of their tokens will be accepted; measure speculative decoding before you use it"
+)
+
 # Files that belong to the model and are copied as they are, never interpreted.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map*", "added_tokens*", "vocab*", "merges*", "*.model"),
@@ -93,6 +98,7 @@ class CompactionPlan:
         companions: files copied unchanged, such as the tokenizer's; relative names.
         num_bytes_read, num_bytes_written: of weights and companions.
         warnings: what the result is not good for.
+        notes: what to know of the result, which is sound.
     """
 
     checkpoint: Checkpoint
@@ -104,6 +110,7 @@ class CompactionPlan:
     num_bytes_read: int
     num_bytes_written: int
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def config_changes(self) -> tuple[ConfigChange, ...]:
@@ -135,6 +142,7 @@ class CompactionPlan:
         if self.companions:
             lines.append(f"copied     {', '.join(self.companions)}")
         lines += [f"warning    {text}" for text in self.warnings]
+        lines += [f"note       {text}" for text in self.notes]
         lines.append(
             f"total      reads {format_bytes(self.num_bytes_read)}, "
             f"writes {format_bytes(self.num_bytes_written)}"
@@ -200,6 +208,7 @@ def plan_compaction(checkpoint: Checkpoint, layer_map: LayerMap) -> CompactionPl
         num_bytes_read=copied + sum(e.num_bytes for shard in shards for _, e in shard.tensors),
         num_bytes_written=copied + sum(shard.num_bytes for shard in shards),
         warnings=read_otherwise(config),
+        notes=(_DRAFTS_ARE_AS_TRAINED,) if checkpoint.has_drafts and layer_map.dropped else (),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from trsp.pruner.checkpoint import (
     Checkpoint,
@@ -199,8 +199,7 @@ def weights(
         raise CheckFailed(f"the reference's tensor {missing[0]!r} is missing")
     total = sum(entry.num_bytes for entry in checkpoint.tensors.values())
     completed = 0
-    with ExitStack() as stack:
-        ours, theirs = _open_shards(stack, checkpoint), _open_shards(stack, base)
+    with _OneShard(checkpoint) as ours, _OneShard(base) as theirs:
         for name, entry in sorted(checkpoint.tensors.items(), key=lambda item: _place(item[1])):
             source = base.tensors[sources[name]]
             if (entry.dtype, entry.shape) != (source.dtype, source.shape):
@@ -209,8 +208,8 @@ def weights(
                     f"{source.dtype} {list(source.shape)}"
                 )
             chunks = zip(
-                _chunks(ours[entry.shard], entry.begin, entry.end),
-                _chunks(theirs[source.shard], source.begin, source.end),
+                _chunks(ours.open(entry.shard), entry.begin, entry.end),
+                _chunks(theirs.open(source.shard), source.begin, source.end),
                 strict=True,
             )
             for a, b in chunks:
@@ -241,11 +240,26 @@ def _source_name(checkpoint: Checkpoint, layers: LayerMap, base: Checkpoint, nam
     return f"{base.layer_prefix}{source_layer}.{rest}"
 
 
-def _open_shards(stack: ExitStack, checkpoint: Checkpoint) -> dict[str, BinaryIO]:
-    return {
-        shard.name: stack.enter_context(contained_file(checkpoint.path, shard.name).open("rb"))
-        for shard in checkpoint.shards
-    }
+class _OneShard:
+    """The shards of a checkpoint, one open at a time: there may be more than files allowed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._folder, self._name = checkpoint.path, ""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+
+    def open(self, name: str) -> BinaryIO:
+        """The shard `name`; the one opened before it is closed."""
+        if name != self._name:
+            self._stack.close()
+            self._file = self._stack.enter_context(contained_file(self._folder, name).open("rb"))
+            self._name = name
+        return self._file
 
 
 def _place(entry: TensorEntry) -> tuple[str, int]:

@@ -337,7 +337,8 @@ def _publish(
             run.texts.held_out_bits = bits_per_byte(dense["loss"], run.texts.held_out_bytes)
     report["texts"] = run.texts.to_document()
     report["warnings"] = report["texts"].pop("warnings")
-    report["warnings"] += plan_compaction(checkpoint, layer_map).warnings
+    planned = plan_compaction(checkpoint, layer_map)
+    report["warnings"] += [*planned.warnings, *planned.notes]
 
     compaction = ExitStack()
 

@@ -28,7 +28,7 @@ from trsp.pruner.checkpoint import (
     sample_weights,
 )
 from trsp.pruner.compaction import copy_companions
-from trsp.pruner.config_surgery import layers_that_must_stay, num_draft_layers, rewrite_config
+from trsp.pruner.config_surgery import layers_that_must_stay, rewrite_config
 from trsp.pruner.cost import StageCost
 from trsp.pruner.durable import publish_folder, require_free_space
 from trsp.pruner.errors import Interrupted, RunError, UserError
@@ -180,10 +180,10 @@ class Run:
                 "unquantized checkpoint and quantize the result, or name the layers (--keep, "
                 "--map) and give no text"
             )
-        if self.recipe.transfer.enabled and num_draft_layers(self.checkpoint.config):
+        if self.recipe.transfer.enabled and self.checkpoint.has_drafts:
             self.texts.warnings.append(
-                "layers for drafting (num_nextn_predict_layers) are not carried through stage 2: "
-                "transformers does not load them; serve the result without speculative decoding"
+                "layers for drafting (num_nextn_predict_layers, mtp) are not carried through stage "
+                "2: transformers does not load them; serve the result without speculative decoding"
             )
 
     def protected_layers(self) -> frozenset[int]:

@@ -52,6 +52,7 @@ def test_layers_for_drafting_move_behind_the_kept_ones(num_drafts: int, tmp_path
     assert checkpoint.num_hidden_layers == NUM_LAYERS
     report = api.prune(dense, out, keep=KEPT, vllm="off")
     assert report["proof"]["passed"]
+    assert any("fewer of their tokens will be accepted" in text for text in report["warnings"])
     before, after = (load_file(folder / "model.safetensors") for folder in (dense, out))
     for number in range(num_drafts):
         old, new = f"model.layers.{NUM_LAYERS + number}.", f"model.layers.{len(KEPT) + number}."
@@ -93,7 +94,9 @@ def test_drafts_under_a_name_of_their_own_stay_as_they_are(tmp_path: Path) -> No
     dense, out = tmp_path / "dense", tmp_path / "out"
     write_pico_checkpoint("qwen3_next", dense)
     change_weights(dense, lambda tensors: tensors.update({"mtp.layers.0.x": torch.ones(3)}))
-    assert api.prune(dense, out, keep=KEPT, vllm="off")["proof"]["passed"]
+    report = api.prune(dense, out, keep=KEPT, vllm="off")
+    assert report["proof"]["passed"]
+    assert any("fewer of their tokens will be accepted" in text for text in report["warnings"])
     assert torch.equal(load_file(out / "model.safetensors")["mtp.layers.0.x"], torch.ones(3))
 
 
@@ -112,6 +115,78 @@ def test_gguf_is_refused_with_llama_cpps_way(as_file: bool, tmp_path: Path) -> N
     file.write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"--prune-layers .*trsp map MAP --format llama-cpp"):
         open_checkpoint(file if as_file else tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3"])
+def test_the_newer_names_of_a_multimodal_checkpoint_are_as_good(
+    family: str, tmp_path: Path
+) -> None:
+    """transformers 5.19 writes the older ones; those of 4.52 on have the model in front."""
+    write_pico_checkpoint(family, tmp_path)
+    older = open_checkpoint(tmp_path)
+    assert older.layer_prefix == "language_model.model.layers."
+    expected = load_model(older).state_dict()
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            rest = name.removeprefix("language_model.")
+            new = rest.replace("model.", "model.language_model.", 1)
+            tensors[new if rest != name else f"model.{name}"] = tensors.pop(name)
+
+    change_weights(tmp_path, rename)
+    newer = open_checkpoint(tmp_path)
+    assert newer.layer_prefix == "model.language_model.layers."
+    found = load_model(newer).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_note_of_drafts_where_there_are_none(tmp_path: Path) -> None:
+    write_pico_checkpoint("llama", tmp_path / "dense")
+    assert not open_checkpoint(tmp_path / "dense").has_drafts
+    report = api.prune(tmp_path / "dense", tmp_path / "out", keep=KEPT, vllm="off")
+    assert not report["warnings"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_dtype_sharded_or_not_keeps_its_bytes(
+    dtype: torch.dtype, family: str, sharded: bool, tmp_path: Path
+) -> None:
+    """Llama's head is its own, Gemma's is tied; the proof compares each byte and the logits."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    write_pico_checkpoint(family, dense, dtype=dtype)
+    if sharded:
+        tensors = load_file(dense / "model.safetensors")
+        (dense / "model.safetensors").unlink()
+        weight_map = {}
+        for number, name in enumerate(tensors):
+            weight_map[name] = f"part-{number % 5}.safetensors"
+        for part in set(weight_map.values()):
+            own = {name: tensors[name].clone() for name in tensors if weight_map[name] == part}
+            save_file(own, dense / part, {"format": "pt"})
+        index = dense / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    report = api.prune(dense, out, keep=KEPT, vllm="off")
+    checks = {check["name"]: check["status"] for check in report["proof"]["checks"]}
+    assert checks["weights"] == checks["logits"] == "passed"
+    (stored,) = {entry.dtype for entry in open_checkpoint(out).tensors.values()}
+    assert stored == {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    assert len(open_checkpoint(out).shards) == (5 if sharded else 1)
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    write_pico_checkpoint("llama", tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    entries = [f'"{name}": "a.safetensors"' for name in load_file(tmp_path / "a.safetensors")]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(f'{{"weight_map": {{{", ".join(entries)}}}}}')
+    assert open_checkpoint(tmp_path).num_hidden_layers == NUM_LAYERS
+    twice = entries[0].replace("a.safe", "b.safe")
+    index.write_text(f'{{"weight_map": {{{", ".join([twice, *entries])}}}}}')
+    with pytest.raises(UserError, match=r"the key 'lm_head.weight' is repeated"):
+        open_checkpoint(tmp_path)
 
 
 def test_layers_with_a_gap_are_refused(tmp_path: Path) -> None:

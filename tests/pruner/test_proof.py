@@ -1,6 +1,7 @@
 """The proof passes on what compaction writes; each planted mutant fails the check meant for it."""
 
 import json
+import resource
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,12 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trsp.pruner import model_checks, proof, vllm_process
+from trsp.pruner import folder_checks, model_checks, proof, vllm_process
 from trsp.pruner.checkpoint import Checkpoint, load_model, open_checkpoint
 from trsp.pruner.compaction import compact
 from trsp.pruner.durable import write_manifest
 from trsp.pruner.errors import Interrupted, RunError, UserError
 from trsp.pruner.layer_map import BaseModel, LayerMap, read_layer_map, write_layer_map
+from trsp.pruner.progress import silent
 from trsp.pruner.proof import Proof, ProofError, prove, require
 from trsp.pruner.vllm_process import ServedTokens
 
@@ -592,3 +594,28 @@ def test_absent_vllm_is_skipped_and_never_passed(
     assert details(result)["vllm"] == "vLLM is not installed"
     with pytest.raises(UserError, match="not installed"):
         prove(pruned_llama, vllm="required")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    base = save_model(LlamaConfig(**SHAPE, num_hidden_layers=4), tmp_path / "one")
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    weight_map = {name: f"part-{number:03d}.safetensors" for number, name in enumerate(tensors)}
+    for name, part in weight_map.items():
+        save_file({name: tensors[name]}, base / part, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    out = prune_folder(base, tmp_path / "out", [1])
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 8, hard))
+    try:
+        found = folder_checks.weights(
+            open_checkpoint(out),
+            read_layer_map(out / "layer_map.json"),
+            open_checkpoint(base),
+            silent,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(weight_map) > 32
+    assert found.measured["num_tensors"] == len(weight_map) - 9
