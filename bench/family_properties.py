@@ -67,15 +67,14 @@ class Subject:
         return compact(source, layer_map, self.folder / f"cut-{self._num_cuts}")
 
     def draw(self, generator: random.Random) -> list[int]:
-        """A keep list: any layers, with those that must stay, and not all."""
-        free = [layer for layer in range(self.num_layers) if layer not in self.must_stay]
-        fewest = 0 if self.must_stay else 1
-        chosen = generator.sample(free, generator.randint(fewest, len(free) - 1))
-        return sorted({*chosen, *self.must_stay})
+        """A keep list: any layers with those that must stay, and not all."""
+        return _draw_of(self.num_layers, self.must_stay, generator)
 
 
 def check_keep_list(subject: Subject, kept: Sequence[int], generator: random.Random) -> int:
     """Try every property on one keep list; the number of cases.
+
+    `composed` is tried, and counted, where the cut has a layer that can go.
 
     Raises:
         AssertionError: one does not hold; the text names it and the layers.
@@ -100,12 +99,14 @@ def check_keep_list(subject: Subject, kept: Sequence[int], generator: random.Ran
     generator.shuffle(dropped)
     order = LayerMap.from_removal_order(base, dropped)
     count = generator.randint(1, len(dropped))
-    prefix = order.prefix(count)
-    by_list = LayerMap.from_keep(base, prefix.kept)
-    by_prefix = subject.cut(subject.checkpoint, prefix)
-    assert _files(by_prefix) == _files(subject.cut(subject.checkpoint, by_list)), f"prefix, {where}"
+    staying = [layer for layer in range(subject.num_layers) if layer not in dropped[:count]]
+    by_prefix = subject.cut(subject.checkpoint, order.prefix(count))
+    by_list = subject.cut(subject.checkpoint, LayerMap.from_keep(base, staying))
+    assert _files(by_prefix) == _files(by_list), f"prefix, first {count} of {dropped}"
 
-    inner = _draw_of(len(kept), layers_that_must_stay(cut.config), generator)
+    inner = _draw_of(len(kept), frozenset(layers_that_must_stay(cut.config)), generator)
+    if len(inner) == len(kept):
+        return len(PROPERTIES) - 1
     twice = subject.cut(cut, LayerMap.from_keep(base_model_of(cut), inner))
     composed = LayerMap.from_keep(base, [kept[layer] for layer in inner])
     once = subject.cut(subject.checkpoint, composed)
@@ -177,9 +178,13 @@ def _check_cache(model: PreTrainedModel, where: str) -> None:
     assert not mismatch, f"cache, {where}: {mismatch}"
 
 
-def _draw_of(num_layers: int, must_stay: Any, generator: random.Random) -> list[int]:
-    chosen = generator.sample(range(num_layers), generator.randint(1, num_layers))
-    return sorted({*chosen, *must_stay})
+def _draw_of(num_layers: int, must_stay: frozenset[int], generator: random.Random) -> list[int]:
+    """Any layers with those that must stay, and not all; all where none can go."""
+    free = [layer for layer in range(num_layers) if layer not in must_stay]
+    fewest, most = 0 if must_stay else 1, len(free) - 1
+    if most < fewest:
+        return list(range(num_layers))
+    return sorted({*generator.sample(free, generator.randint(fewest, most)), *must_stay})
 
 
 def _files(folder: Path) -> dict[str, bytes]:
