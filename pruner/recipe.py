@@ -74,8 +74,8 @@ class TransferRecipe(_Section):
     """Stage 2: move the knowledge before deletion (transfer.py)."""
 
     enabled: bool = True
-    steps: int = Field(64, ge=0, description="0: the refit alone")
-    batch_size: int = Field(4, ge=1, description="sequences an optimizer step")
+    steps: int = Field(128, ge=0, description="0: the refit alone")
+    batch_size: int = Field(2, ge=1, description="sequences an optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
     learning_rate: float | None = Field(None, gt=0, description="None: 0.1 / hidden size")
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
@@ -93,6 +93,9 @@ class TransferRecipe(_Section):
     closing: Closing = "refit"
     closing_fraction: float = Field(0.25, gt=0, le=1, description="linear, progressive: of steps")
     ridge: float = Field(0.01, ge=0, description="of the refit, relative (refit.py)")
+    relaxation: float | None = Field(
+        None, gt=0, le=1, description="of the refit; None: 0.5, with no steps 0.75 (refit.py)"
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_activations: bool = False
     fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA without checkpointing")

@@ -42,7 +42,7 @@ from trsp.pruner.losses import (
 )
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.recipe import LoraRecipe, TransferRecipe
-from trsp.pruner.refit import Refit, refit
+from trsp.pruner.refit import Refit, default_relaxation, refit
 from trsp.pruner.sampling import batch_indices
 
 # At most this many calibration sequences measure the jump at deletion.
@@ -169,9 +169,18 @@ def _start(
         loss_dense = gated.masked_loss(input_ids[:NUM_MEASURED_SEQUENCES], (), micro)
         if recipe.closing != "refit":
             return loss_dense, ()
+        relaxation = recipe.relaxation
+        if relaxation is None:
+            relaxation = default_relaxation(recipe.steps)
         # One sequence at a time: the sums must not depend on how a resumed run lays out its steps.
         refits = refit(
-            gated, input_ids, dropped, ridge=recipe.ridge, batch_size=1, progress=progress
+            gated,
+            input_ids,
+            dropped,
+            ridge=recipe.ridge,
+            relaxation=relaxation,
+            batch_size=1,
+            progress=progress,
         )
     return loss_dense, refits
 

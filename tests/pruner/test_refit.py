@@ -28,7 +28,7 @@ DROPPED = (4, 2, 3)
 def refitted(
     model: PreTrainedModel, tokens: Tensor, dropped: tuple[int, ...], **settings: Any
 ) -> Any:
-    settings = {"ridge": 0.01, "batch_size": 2, **settings}
+    settings = {"ridge": 0.01, "relaxation": 1.0, "batch_size": 2, **settings}
     with GatedModel(model) as gated:
         return refit(gated, tokens, dropped, **settings)
 
@@ -58,7 +58,24 @@ def test_the_projection_is_the_least_squares_solution(
     torch.testing.assert_close(moved.double(), change.T, atol=1e-4, rtol=1e-3)
     left = (update - inputs @ change).square().sum() / update.square().sum()
     assert (found.first, found.last) == (2, 4)
-    assert found.explained == pytest.approx(1 - float(left), abs=1e-4)
+    assert found.explained == pytest.approx(1 - float(left.detach()), abs=1e-4)
+
+
+def test_a_relaxed_change_is_a_part_of_the_whole_and_counted_as_such(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    dense, whole = copy.deepcopy(model), copy.deepcopy(model)
+    refitted(whole, tokens, DROPPED)
+    (found,) = refitted(model, tokens, DROPPED, relaxation=0.25)
+    start, all_of_it, part = (m.model.layers[1].mlp.down_proj.weight for m in (dense, whole, model))
+    torch.testing.assert_close(part - start, 0.25 * (all_of_it - start))
+
+    with GatedModel(dense) as gated, watching([dense.model.layers[1].mlp.down_proj]) as seen:
+        stream = residual_stream(gated, tokens)
+    inputs = seen.inputs[dense.model.layers[1].mlp.down_proj]
+    update = stream[5] - stream[2]
+    left = (update - inputs @ (part - start).T).square().sum() / update.square().sum()
+    assert found.explained == pytest.approx(1 - float(left.detach()), abs=1e-4)
 
 
 def test_only_the_projections_before_the_runs_change(
@@ -99,7 +116,7 @@ def test_work_that_is_linear_in_the_mlp_is_taken_over_whole(
     weight = first.mlp.down_proj.weight.detach().clone()
     with GatedModel(model) as gated, watching([first.mlp]) as seen:
         handle = second.mlp.register_forward_hook(repeat)
-        (found,) = refit(gated, tokens, (2,), ridge=0.0, batch_size=4)
+        (found,) = refit(gated, tokens, (2,), ridge=0.0, relaxation=1.0, batch_size=4)
         handle.remove()
     assert found.explained == pytest.approx(1.0, abs=1e-5)
     torch.testing.assert_close(first.mlp.down_proj.weight, 2 * weight, atol=1e-3, rtol=1e-3)
@@ -116,7 +133,7 @@ def test_a_bias_is_fitted_with_the_weight() -> None:
     fc2 = model.model.decoder.layers[1].fc2
     before = fc2.bias.detach().clone()
     with GatedModel(model) as gated:
-        (found,) = refit(gated, tokens, (2,), ridge=0.01, batch_size=2)
+        (found,) = refit(gated, tokens, (2,), ridge=0.01, relaxation=1.0, batch_size=2)
     assert found.explained is not None
     assert not fc2.bias.equal(before)
 
@@ -149,7 +166,7 @@ def test_gpt2_whose_projections_are_transposed_is_fitted() -> None:
     torch.testing.assert_close(moved.double(), change, atol=1e-4, rtol=1e-3)
     left = (update - inputs @ change).square().sum() / update.square().sum()
     assert (found.first, found.last, found.reason) == (1, 2, None)
-    assert found.explained == pytest.approx(1 - float(left), abs=1e-4)
+    assert found.explained == pytest.approx(1 - float(left.detach()), abs=1e-4)
     before = dense.state_dict()
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == {f"transformer.h.0.mlp.c_proj.{part}" for part in ("weight", "bias")}
@@ -186,7 +203,7 @@ def test_batches_and_their_order_do_not_matter(model: PreTrainedModel, tokens: T
 
 def test_transfer_begins_with_it_and_says_so(model: PreTrainedModel, tokens: Tensor) -> None:
     alone = copy.deepcopy(model)
-    refitted(alone, tokens, DROPPED, batch_size=1)
+    refitted(alone, tokens, DROPPED, batch_size=1, relaxation=0.75)
     recipe = TransferRecipe(steps=0, batch_size=4)
     result = transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
     assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
@@ -194,6 +211,27 @@ def test_transfer_begins_with_it_and_says_so(model: PreTrainedModel, tokens: Ten
     assert result.loss_before_deletion == result.loss_after_deletion
     (entry,) = result.to_document()["refits"]
     assert (entry["first"], entry["last"], entry["reason"]) == (2, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "relaxation"),
+    [({"steps": 1}, 0.5), ({"steps": 1, "relaxation": 0.9}, 0.9), ({"relaxation": 1.0}, 1.0)],
+)
+def test_how_far_it_goes_depends_on_what_is_trained_behind_it(
+    model: PreTrainedModel, tokens: Tensor, settings: dict[str, Any], relaxation: float
+) -> None:
+    alone = copy.deepcopy(model)
+    refitted(alone, tokens, DROPPED, batch_size=1, relaxation=relaxation)
+    # A rate at which no fp32 weight moves.
+    recipe = TransferRecipe.model_validate({"steps": 0, "learning_rate": 1e-30, **settings})
+    transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
+    assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("relaxation", [0.0, 1.5])
+def test_a_relaxation_out_of_range_is_refused(relaxation: float) -> None:
+    with pytest.raises(ValueError, match="relaxation"):
+        TransferRecipe(relaxation=relaxation)
 
 
 def test_the_teacher_is_the_model_before_it(model: PreTrainedModel, tokens: Tensor) -> None:
