@@ -1,4 +1,4 @@
-"""A comparison as tables: for the terminal and, in Markdown, for a README."""
+"""A comparison as tables for the terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -48,16 +48,6 @@ def task_rows(record: CompareRecord, count: int) -> list[list[str]]:
     dense = summarize_tasks([record.dense.tasks])
     rows = [("dense", dense), *((row.label, row.tasks) for row in _rows(record, count))]
     return [[label, *_accuracies(found, tuple(dense))] for label, found in rows]
-
-
-def markdown(record: CompareRecord, count: int, text: str) -> str:
-    """Quality on one text and cost at one depth, as one Markdown table."""
-    columns = ("method", *QUALITY_COLUMNS, *COST_COLUMNS[:-1])
-    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    costs = [[""] * len(COST_COLUMNS), *(row[1:] for row in cost_rows(record, count))]
-    for quality, cost in zip(quality_rows(record, count, text), costs, strict=True):
-        lines.append(f"| {' | '.join([*quality, *cost[:-1]])} |")
-    return "\n".join(lines) + "\n"
 
 
 def show_compare(record: CompareRecord) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from trsp.bench.compare_methods import REFERENCE
 from trsp.bench.compare_record import CompareRecord
-from trsp.bench.compare_show import TASKS_EXPLANATION, task_columns, task_rows
+from trsp.bench.compare_show import TASKS_EXPLANATION
 from trsp.bench.compare_summary import Row as Summary
-from trsp.bench.compare_summary import TextSummary
 from trsp.bench.report_chapter import (
     Chapter,
     Part,
@@ -24,8 +23,14 @@ from trsp.bench.report_compare_findings import (
     stops,
 )
 from trsp.bench.report_compare_plots import draw_comparison
+from trsp.bench.report_compare_tables import (
+    beside_reference,
+    cost_table,
+    readme_tables,
+    task_tables,
+)
 from trsp.bench.report_table import Column, Row, Table, merged, one_group
-from trsp.bench.report_words import DASH, TIMES, number
+from trsp.bench.report_words import DASH, TIMES
 
 _ABOUT_QUALITY = (
     f"Perplexity is the geometric mean over the seeds; \u201cbeside dense\u201d ({TIMES} the dense "
@@ -93,16 +98,13 @@ def readme_parts(
 ) -> tuple[tuple[str, ...], list[str], list[Table]]:
     """Warnings, sentences and tables for a README.   UserError: see `Comparison`."""
     found = Comparison(record, str(path))
-    sentences: list[str] = [compared(record)]
-    tables: list[Table] = []
-    for count in record.num_removed:
-        for text in record.protocols:
-            sentences.append(best_sentence(found, count, text))
-            tables.append(quality_table(found, count, text))
-        tables += task_tables(found, count)
-        tables.append(cost_table(found, count))
-    sentences += losing_table(found)[1]
-    return stops(record), sentences, [table for table in tables if table.num_rows]
+    best = [
+        best_sentence(found, count, text)
+        for count in record.num_removed
+        for text in record.protocols
+    ]
+    sentences = [compared(record), *best, *losing_table(found)[1]]
+    return stops(record), sentences, readme_tables(found)
 
 
 def quality_table(found: Comparison, count: int, text: str) -> Table:
@@ -118,7 +120,7 @@ def quality_table(found: Comparison, count: int, text: str) -> Table:
                 row.label,
                 sized(of.perplexity),
                 with_ends(of.to_dense),
-                _beside_reference(row, of),
+                beside_reference(row, of),
                 f"{of.kl:.3f}",
                 f"{of.top1_agreement:.1%}",
                 _seeds(found, row),
@@ -128,46 +130,6 @@ def quality_table(found: Comparison, count: int, text: str) -> Table:
     columns = (Column("method", words=True), *map(Column, titles))
     share = count / found.record.dense.num_hidden_layers
     return Table(f"{found.depth(count)} ({share:.1%}), {text}", columns, one_group(rows))
-
-
-def task_tables(found: Comparison, count: int) -> tuple[Table, ...]:
-    """Zero-shot accuracies of the dense model and every method at one depth, where there are."""
-    titles = task_columns(found.record)
-    if not titles:
-        return ()
-    dense, *rows = task_rows(found.record, count)
-    columns = (Column("method", words=True), *map(Column, titles))
-    shown = [Row(tuple(dense), "dense"), *(Row(tuple(row)) for row in rows)]
-    return (Table(f"{found.depth(count)}, zero-shot", columns, one_group(shown)),)
-
-
-def cost_table(found: Comparison, count: int) -> Table:
-    """What every method at one depth spent."""
-    rows = []
-    for row in found.at(count):
-        key = (row.method, row.num_removed)
-        cells = [c for c in found.record.cells if (c.method, c.num_removed) == key]
-        jumps = [cell.jump for cell in cells if cell.jump is not None]
-        tokens = sum((cell.training or cell.selection).tokens for cell in cells) / len(cells)
-        cost = (
-            number(round(row.steps)) if row.steps else DASH,
-            number(round(tokens)) if tokens else DASH,
-            number(row.flops / 1e12),
-            number(row.seconds),
-            DASH if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB",
-            f"{max(jumps, key=abs):+.4f}" if jumps else DASH,
-            str(row.num_choices),
-        )
-        rows.append(Row((row.label, *cost)))
-    titles = ("steps", "tokens", "TFLOP", "seconds", "peak memory", "jump, nats", "sets")
-    columns = (Column("method", words=True), *map(Column, titles))
-    return Table(f"{found.depth(count)}, cost", columns, one_group(rows))
-
-
-def _beside_reference(row: Summary, of: TextSummary) -> str:
-    if row.method == REFERENCE:
-        return "1"
-    return DASH if of.to_reference is None else with_ends(of.to_reference)
 
 
 def _seeds(found: Comparison, row: Summary) -> str:

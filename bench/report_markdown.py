@@ -55,17 +55,19 @@ def tables_to_markdown(
     paragraphs = [f"**{_escape(text)}**" for text in stops]
     paragraphs.append("\n".join(f"- {_escape(text)}" for text in sentences))
     for table in tables:
-        paragraphs.append(_escape(table.caption))
-        lines = [_line([_escape(column.title) for column in table.columns])]
-        lines.append(_line(["---"] * len(table.columns)))
-        lines += [
-            _line([_escape(cell) for cell in row.cells])
-            for group in table.groups
-            for row in group.rows
-        ]
-        paragraphs.append("\n".join(lines))
+        paragraphs += [_escape(table.caption), table_markdown(table)]
     paragraphs.append(_escape(f"From {file_name}, sha256 {file_sha256}."))
     return "\n\n".join(paragraphs) + "\n"
+
+
+def table_markdown(table: Table) -> str:
+    """One table without its caption: words to the left, figures to the right."""
+    lines = [_line([_escape(column.title) for column in table.columns])]
+    lines.append(_line(["---" if column.words else "---:" for column in table.columns]))
+    lines += [
+        _line([_escape(cell) for cell in row.cells]) for group in table.groups for row in group.rows
+    ]
+    return "\n".join(lines)
 
 
 def _table(values: Values, metric: str, told: Sequence[Told]) -> str:

@@ -3,14 +3,17 @@
 from typing import Any
 
 from trsp.bench.compare_record import CompareRecord
-from trsp.bench.compare_show import EXPLANATION, markdown
+from trsp.bench.compare_show import EXPLANATION
+from trsp.bench.report_compare_findings import Comparison
+from trsp.bench.report_compare_tables import readme_tables
+from trsp.bench.report_markdown import table_markdown
 from trsp.bench.reproduce import Pass, Plan
 
 
 def tables_markdown(
     plan: Plan, trained: dict[str, Any], records: list[tuple[Pass, CompareRecord]]
 ) -> str:
-    """The base model's facts, then a table for each pass, depth and text."""
+    """The base model's facts, then the tables of each pass."""
     num_layers = plan.profile.layers_of_base
     blocks = [
         f"# Depth pruning compared on a model of {num_layers} layers\n",
@@ -20,10 +23,8 @@ def tables_markdown(
     ]
     for one, record in records:
         blocks.append(f"## {one.title}\n")
-        for count in one.num_removed:
-            for text in plan.eval_data:
-                gone = f"{count} of {num_layers} layers gone ({count / num_layers:.1%})"
-                blocks += [f"### {gone}, {text}\n", markdown(record, count, text)]
+        for table in readme_tables(Comparison(record, one.name)):
+            blocks += [f"### {table.caption}\n", f"{table_markdown(table)}\n"]
         notes = [
             f"- {cell.label}, {cell.num_removed} layers, seed {cell.seed}: {cell.note}\n"
             for cell in record.cells

@@ -25,14 +25,16 @@ from trsp.bench.compare_record import (
 )
 from trsp.bench.domain_quality import Quality
 from trsp.bench.report import markdown_of, write_report
-from trsp.bench.report_compare import (
-    compare_chapter,
-    cost_table,
-    quality_table,
-    task_tables,
-)
+from trsp.bench.report_compare import compare_chapter, quality_table
 from trsp.bench.report_compare_findings import Comparison, best_sentence, losing_table, stops
 from trsp.bench.report_compare_plots import choose_methods, draw_comparison
+from trsp.bench.report_compare_tables import (
+    cost_table,
+    curve_table,
+    depth_table,
+    readme_tables,
+    task_tables,
+)
 from trsp.bench.report_inputs import read_inputs
 from trsp.bench.report_style import to_svg
 from trsp.bench.report_table import Table
@@ -460,7 +462,7 @@ def test_hostile_labels_come_out_as_text(tmp_path: Path) -> None:
     text = markdown_of(read_inputs([tmp_path / "compare.json"]))
     assert "<script" not in text
     row = next(line for line in text.splitlines() if line.startswith("| &lt;script"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 8
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
 
 
 def test_the_page_is_sound_and_the_same_again(tmp_path: Path) -> None:
@@ -492,8 +494,46 @@ def test_readme_tables_hold_winner_and_methods(tmp_path: Path) -> None:
     text = result.output
     assert text.count("lowest perplexity by SLEB") == 4
     assert text.count("TRSP loses.") == 4
-    assert len([line for line in text.splitlines() if line.startswith("| SLEB |")]) == 6
+    # The curve, and of each depth quality and cost.
+    assert len([line for line in text.splitlines() if line.startswith("| SLEB |")]) == 5
     assert "From compare.json, sha256 " in text
+
+
+def test_the_curve_has_every_depth_and_text() -> None:
+    record = build({**TRSP_WINS, "random": (2.0, 2.0, 2.0)})
+    # Of one method a depth is missing; of another the quality; and one costs next to nothing.
+    cells = [c for c in record.cells if (c.method, c.num_removed) != ("sleb", 4)]
+    free = Cost(flops=10, seconds=0.0)
+    cells = [c.model_copy(update={"selection": free}) if c.method == "random" else c for c in cells]
+    record = record.model_copy(update={"cells": tuple(cells)})
+    found = Comparison(without_quality(record, "trsp", "not to be had"), "x")
+    table = curve_table(found)
+    assert [c.title for c in table.columns] == ["layers gone", "2 of 16", "4 of 16", "TFLOP at 4"]
+    rows = rows_of(table)
+    dense, random = (math.exp(DENSE["books"]), math.exp(DENSE["wiki"])), "40.17 / 109.2"
+    both = f"{dense[0]:.2f} / {dense[1]:.2f}"
+    assert rows["dense"] == ("dense", both, both, "")
+    assert rows["random"] == ("random", random, random, "0.00")
+    assert rows["SLEB"][2:] == ("\u2013", "\u2013")
+    assert rows["TRSP selection"][1:] == ("\u2013", "\u2013", "2.00")
+    assert rows["TRSP"][1] == "21.29 / 57.87"
+    assert rows["TRSP"][3] == "12.0"
+
+
+def test_a_depth_has_every_text_in_one_row() -> None:
+    found = Comparison(without_quality(build(), "trsp", "not to be had"), "x")
+    rows = rows_of(depth_table(found, 4))
+    assert rows["dense"][1:] == ("20.09", "", "54.60", "", "", "", "")
+    assert rows["TRSP"][2] == rows["TRSP"][4] == "1"
+    assert rows["TRSP"][-3:] == ("0.058 / 0.058", "12.0", "64")
+    assert rows["SLEB"][2].startswith("1.142 (")
+    assert rows["SLEB"][-1] == "\u2013"
+    assert rows["TRSP selection"][1:6] == ("\u2013",) * 5
+
+
+def test_one_depth_needs_no_curve() -> None:
+    captions = [table.caption for table in readme_tables(Comparison(build(depths=(4,)), "x"))]
+    assert captions == ["4 of 16 layers gone (25.0%)", "4 of 16 layers gone, cost"]
 
 
 def test_a_broken_record_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trsp.bench import compare_cells as compare_module
 from trsp.bench import reproduce, train_base
 from trsp.bench.compare_methods import DEFAULT_METHODS, parse_method
 from trsp.bench.compare_record import read_compare_record
+from trsp.bench.report_chapter import sized
 from trsp.pruner.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,10 +121,10 @@ def test_one_command_goes_from_text_to_tables(done: tuple[Path, Result]) -> None
     assert {cell.method for cell in cells(out, "trained")} == {"trsp+transfer", "trsp+distil"}
     tables = (out / "tables.md").read_text("utf-8")
     assert str(out / "tables.md") in result.stdout
-    assert tables.count("|---|") == 3 * 2 * 2
-    assert "### 2 of 4 layers gone (50.0%), far" in tables
+    assert tables.count("| --- | ---: |") == 3 * (1 + 2 * 2)
+    assert "### 2 of 4 layers gone (50.0%)\n" in tables
     last = next(cell for cell in cells(out, "selections") if cell.num_removed == 2)
-    assert f"| last layers | {last.quality['far'].perplexity:.4g} |" in tables
+    assert f"| {sized(last.quality['far'].perplexity)} |" in tables
     record = json.loads((out / "base" / "train_record.json").read_text())
     assert f"to a loss of {record['final_loss']:.3f}" in tables
 
