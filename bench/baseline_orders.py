@@ -7,7 +7,7 @@ L layers, N sequences, T tokens, D hidden size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import torch
@@ -109,12 +109,19 @@ def random_layers(
     batch_size: int = 4,
     progress: Progress = silent,
     on_pick: Callable[[], None] = nothing,
+    never: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """A permutation of all layers drawn with `seed`, from its beginning."""
+    """A permutation of all layers but those of `never`, drawn with `seed`, from its beginning."""
     check_number(gated, num_to_remove)
+    removable = [layer for layer in range(gated.num_layers) if layer not in never]
+    if num_to_remove > len(removable):
+        raise UserError(
+            f"{num_to_remove} layers are to go, {len(removable)} are not protected "
+            "(selection.protected); protect fewer or remove fewer"
+        )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(gated.num_layers, generator=generator).tolist()
-    return tuple(order[:num_to_remove])
+    order = torch.randperm(len(removable), generator=generator).tolist()
+    return tuple(removable[place] for place in order[:num_to_remove])
 
 
 def last_layers(

@@ -144,7 +144,7 @@ def _fold_key(bench: Bench, method: Method, count: int, seed: int) -> dict[str, 
         "calibration": bench.calibrations[seed].sha256,
         "batch_size": recipe.batch_size,
         "steps": recipe.steps if trains else None,
-        "learning_rate": recipe.learning_rate if trains else None,
+        "learning_rate": recipe.local_learning_rate if trains else None,
     }
 
 

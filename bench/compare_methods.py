@@ -38,13 +38,15 @@ SELECTIONS = (*OURS, ONE_SHOT, *LAYER_CHOICES, *FOLDS)
 _LABELS = {"label_weight": 1.0, "distill_weight": 0.0}
 RECOVERIES: dict[str, dict[str, Any]] = {
     "transfer": {},
+    "local": {"closing": "local", "steps": 0},
     "refit": {"closing": "refit", "steps": 0},
     "penalty": {**_LABELS, "closing": "never", "norm": "l2"},
     "penalty_l1": {**_LABELS, "closing": "never", "norm": "l1"},
     "finetune": {**_LABELS, "closing": "at_once"},
     "distil": {"closing": "at_once"},
     # Ablations of the transfer.
-    "refit_finetune": {**_LABELS, "closing": "refit"},
+    "refit_distil": {"closing": "refit"},
+    "labels": _LABELS,
     "half_labels": {"label_weight": 0.5, "distill_weight": 0.5},
     "entropy": {"by_entropy": True},
     "hidden": {"hidden_weight": 1.0},
@@ -88,6 +90,7 @@ def _methods(trained: tuple[str, ...]) -> tuple[str, ...]:
         "paper_residual_gates+penalty_l1",
         *(f"{name}+{recovery}" for name in trained for recovery in _TRAINED),
         "trsp+refit",
+        "trsp+local",
         REFERENCE,
     )
 

@@ -82,12 +82,14 @@ class Chooser:
                     gated,
                     self.input_ids,
                     steps=steps,
-                    learning_rate=self.recipe.transfer.learning_rate,
+                    learning_rate=self.recipe.transfer.local_learning_rate,
                     seed=self.seed,
                     **words,
                 )
             elif method.selection == "laco":
-                order = laco_merge(gated, self.input_ids, **words)
+                # It runs the model for every merge that it tries, as SLEB for every layer.
+                sample = self.recipe.selection.verification_sequences
+                order = laco_merge(gated, self.input_ids[:sample], **words)
             else:
                 order = replace_me(gated, self.input_ids, **words)
         tokens = steps * batch_size * self.input_ids.shape[1]
@@ -102,6 +104,10 @@ class Chooser:
         # A masked loss is taken on as many sequences as TRSP's own verification sees.
         by_loss = method.selection in ("sleb", "one_shot_loss")
         sample = self.recipe.selection.verification_sequences if by_loss else len(self.input_ids)
+        # Chance would lose by the layers that every other choice avoids, and tell nothing else.
+        words: dict[str, Any] = {}
+        if method.selection == "random":
+            words["never"] = self._protected(self.recipe)
         with ComputeMeter(self.device) as meter, GatedModel(self.model) as gated:
             order = {**SELECTORS, "joint_gates": joint_gates}[method.selection](
                 gated,
@@ -111,6 +117,7 @@ class Chooser:
                 batch_size=self.recipe.selection.batch_size,
                 progress=self.progress,
                 on_pick=lambda: on_pick(meter),
+                **words,
             )
         return Choice(order, _cost(meter))
 
@@ -141,6 +148,10 @@ class Chooser:
             )
         return _prefixes(Choice(order, _cost(meter)), [_cost(meter)] * deepest)
 
+    def _protected(self, recipe: Recipe) -> frozenset[int]:
+        needed = layers_that_must_stay(self.model.config.to_dict())
+        return recipe.protected_layers(self.num_layers) | needed.keys()
+
     def _select(
         self, settings: SelectionRecipe, count: int, on_round: Callable[[SelectionState], None]
     ) -> SelectionState:
@@ -150,8 +161,7 @@ class Chooser:
             self.input_ids,
             settings,
             num_to_remove=count,
-            protected=recipe.protected_layers(self.num_layers)
-            | layers_that_must_stay(self.model.config.to_dict()).keys(),
+            protected=self._protected(recipe),
             seed=self.seed,
             on_round=on_round,
             progress=self.progress,

@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 SELECTIONS = (
     "random", "last", "block_influence", "angular", "one_shot_loss", "taylor", "sleb",
     "replace_me", "streamline", "laco", "paper_output_gates", "paper_residual_gates",
-    "joint_gates", "gates", "gates_once", "influence_verified", "trsp", "trsp+refit",
+    "joint_gates", "gates", "gates_once", "influence_verified", "trsp", "trsp+refit", "trsp+local",
 )  # fmt: skip
 TRAINED = (
-    "trsp+transfer", "trsp+refit", "trsp+distil", "trsp+distil@flops", "trsp+finetune",
-    "paper_output_gates+penalty",
+    "trsp+transfer", "trsp+refit", "trsp+local", "trsp+distil", "trsp+distil@flops",
+    "trsp+finetune", "trsp+finetune@flops", "replace_me+distil@flops", "streamline+distil@flops",
+    "block_influence+distil@flops", "paper_output_gates+penalty", "paper_output_gates+penalty_l1",
+    "paper_residual_gates+penalty", "paper_residual_gates+penalty_l1",
 )  # fmt: skip
-# Without: refit (distil), teacher (refit_finetune), chosen layers (random), verification, rounds;
-# with: gates that close in training, with and without the penalty, or never.
+# Without: local distillation (distil; in closed form: refit_distil), teacher (labels), chosen
+# layers (random), verification, rounds; with: gates that close in training, with and without the
+# penalty, or never.
 ABLATION = (
-    "trsp+transfer", "trsp+distil", "trsp+refit_finetune", "random+transfer",
+    "trsp+transfer", "trsp+distil", "trsp+refit_distil", "trsp+labels", "random+transfer",
     "gates_unverified+transfer", "gates_one_shot+transfer", "trsp+linear",
     "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil",
 )  # fmt: skip
@@ -145,7 +148,7 @@ class Plan:
     def passes(self) -> tuple[Pass, ...]:
         """What is compared; a list without methods is left out."""
         wanted = (
-            ("selections", "Removed directly, nothing trained", SELECTIONS, CURVE_RATIOS),
+            ("selections", "Without training the whole model", SELECTIONS, CURVE_RATIOS),
             ("trained", "Trained", TRAINED, TABLE_RATIOS),
             ("ablation", "What the parts are worth", ABLATION, TABLE_RATIOS),
         )

@@ -395,6 +395,6 @@ class _Search:
 def _why_lambda2(recipe: Recipe) -> str:
     if not recipe.transfer.enabled:
         return "not searched: there is no transfer"
-    if recipe.transfer.closing in ("refit", "at_once"):
+    if recipe.transfer.closing in ("local", "refit", "at_once"):
         return "not in use: the layers are closed from the first step on"
     return "not searched: the recipe's own"

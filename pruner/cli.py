@@ -168,7 +168,7 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
             if entry["explained"] is not None
         ]
         if shown:
-            lines.append(f"refit    of what layers {', '.join(shown)} added to the stream")
+            lines.append(f"moved    of what layers {', '.join(shown)} added to the stream")
         lines.append(
             f"deletion residual difference {left:.2e}, jump in loss "
             f"{transfer['jump_at_deletion']:+.4f} nats; calibration loss "

@@ -25,7 +25,7 @@ FuseNorms = Literal["auto", "on", "off"]
 
 # How the chosen layers close: before the first step, with or without the projections before them
 # refitted; all together or one after the other while the rest learns; never.
-Closing = Literal["refit", "at_once", "linear", "progressive", "never"]
+Closing = Literal["local", "refit", "at_once", "linear", "progressive", "never"]
 
 
 class _Section(BaseModel):
@@ -74,7 +74,7 @@ class TransferRecipe(_Section):
     """Stage 2: move the knowledge before deletion (transfer.py)."""
 
     enabled: bool = True
-    steps: int = Field(128, ge=0, description="0: the refit alone")
+    steps: int = Field(128, ge=0, description="0: local distillation or the refit alone")
     batch_size: int = Field(2, ge=1, description="sequences an optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
     learning_rate: float | None = Field(None, gt=0, description="None: 0.1 / hidden size")
@@ -90,7 +90,11 @@ class TransferRecipe(_Section):
     norm: Literal["l1", "l2", "l2_squared"] = "l2"
     norm_units: Literal["relative", "absolute"] = "relative"
     ramp_fraction: float = Field(0.0, ge=0, le=1, description="lambda2 grows from 0 over this part")
-    closing: Closing = "refit"
+    closing: Closing = "local"
+    local_steps: int = Field(128, ge=1, description="of local distillation")
+    local_learning_rate: float | None = Field(
+        None, gt=0, description="of local distillation; None: 0.8 / hidden size"
+    )
     closing_fraction: float = Field(0.25, gt=0, le=1, description="linear, progressive: of steps")
     ridge: float = Field(0.01, ge=0, description="of the refit, relative (refit.py)")
     relaxation: float | None = Field(
@@ -107,14 +111,14 @@ class TransferRecipe(_Section):
             raise ValueError(
                 "label_weight, distill_weight and hidden_weight are all 0: nothing to learn from"
             )
-        if self.steps == 0 and self.closing != "refit":
+        if self.steps == 0 and self.closing not in ("local", "refit"):
             raise ValueError(
-                f"no steps with closing {self.closing!r} do nothing; give steps, or closing 'refit'"
+                f"no steps with closing {self.closing!r} do nothing; give steps, or closing 'local'"
             )
         if self.steps == 1 and self.closing in ("linear", "progressive"):
             raise ValueError(
                 f"one step with closing {self.closing!r} leaves the layers open: gates are 1 in "
-                "the first step; give at least 2 steps, or closing 'refit'"
+                "the first step; give at least 2 steps, or closing 'local'"
             )
         if self.fuse_norms == "on" and self.checkpoint_activations:
             raise ValueError("fuse_norms 'on' excludes checkpoint_activations: choose 'auto'")

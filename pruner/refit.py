@@ -130,8 +130,8 @@ def runs_of(layers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 def refit_warnings(refits: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each run whose work no projection could take over; from a transfer's record."""
     return [
-        f"layers {entry['first']} to {entry['last']} go without a refit: {entry['reason']}; only "
-        "training makes up for them"
+        f"nothing takes over the work of layers {entry['first']} to {entry['last']} before the "
+        f"training: {entry['reason']}"
         for entry in refits
         if entry["reason"] is not None
     ]

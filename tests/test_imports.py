@@ -41,7 +41,7 @@ PRUNER_ROOMS = (
     ("signals", "console", "cost"),
     ("families", "losses", "sampling", "text_files", "calibration", "self_text", "text_checks"),
     ("next_norms", "gated_model", "activations", "sublayers"),
-    ("criteria", "distillation", "selection", "refit", "transfer"),
+    ("criteria", "distillation", "selection", "refit", "local_distillation", "transfer"),
     ("compaction", "sublayer_checkpoint", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
     ("held_out", "run_folder", "run", "auto_record", "auto_plan", "auto_trials", "auto"),

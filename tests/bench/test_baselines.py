@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ from trsp.bench.baseline_orders import (
     NESTED,
     SELECTORS,
     block_cosines,
+    random_layers,
     residual_stream,
     taylor_scores,
 )
-from trsp.bench.baseline_streamline import LEARNING_RATE, WEIGHT_DECAY, streamline
+from trsp.bench.baseline_streamline import LEARNING_RATE_BY_WIDTH, WEIGHT_DECAY, streamline
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.gated_model import GatedModel
@@ -186,6 +188,15 @@ def test_random_layers_are_the_seeds(llama: PreTrainedModel, tokens: Tensor) -> 
         drawn = {SELECTORS["random"](gated, tokens, num_to_remove=4, seed=s) for s in range(20)}
     assert len(drawn) > 15
     assert {layer for picks in drawn for layer in picks} == set(range(8))
+
+
+def test_random_layers_can_be_kept_from_some(llama: PreTrainedModel, tokens: Tensor) -> None:
+    with GatedModel(llama) as gated:
+        words: dict[str, Any] = {"never": {0, 5}}
+        drawn = {random_layers(gated, tokens, num_to_remove=4, seed=s, **words) for s in range(20)}
+        assert {layer for picks in drawn for layer in picks} == {1, 2, 3, 4, 6, 7}
+        with pytest.raises(UserError, match="7 layers are to go, 6 are not protected"):
+            random_layers(gated, tokens, num_to_remove=7, seed=0, **words)
 
 
 def test_last_layers_go_from_the_end(llama: PreTrainedModel, tokens: Tensor) -> None:
@@ -349,10 +360,11 @@ def test_streamlines_steps_are_those_of_adamw_on_the_dense_block(tokens: Tensor)
     model = with_a_block_of_three(random_llama(8))
     dense, student = copy.deepcopy(model), copy.deepcopy(model)
     parameters = list(student.model.layers[2].parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    peak = LEARNING_RATE_BY_WIDTH / 32
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=WEIGHT_DECAY)
     made: list[Tensor] = []
     student.model.layers[2].register_forward_hook(lambda _m, _a, output: made.append(output))
-    for step, rate in enumerate((LEARNING_RATE, LEARNING_RATE / 2)):
+    for step, rate in enumerate((peak, peak / 2)):
         batch = tokens[batch_indices(step, num_sequences=6, batch_size=4, seed=3)]
         student(input_ids=batch, use_cache=False)
         loss = F.mse_loss(made.pop(), layer_inputs(dense, batch)[5])

@@ -475,3 +475,28 @@ def test_held_out_text_that_was_trained_on_is_refused(
     texts["near"].write_text(texts["train"].read_text() + "And so it went on.")
     with pytest.raises(UserError, match="the text near"):
         last(run_compare(options(pico_llama, texts, tmp_path / "out")))
+
+
+def test_chance_does_not_take_what_no_other_choice_may(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = options(
+        pico_llama, texts, tmp_path / "out", methods=methods("random"), num_removed=(2,),
+        seeds=tuple(range(6)),
+    )  # fmt: skip
+    taken = {layer for cell in last(run_compare(asked)).cells for layer in cell.removal_order}
+    assert asked.recipe.selection.protected == (0,)
+    assert taken == {1, 2, 3}
+
+
+def test_merges_are_tried_on_the_sequences_that_masked_loss_is_taken_on(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """LaCo runs the model once for each merge it tries: its cost goes with the sequences."""
+    flops = {}
+    for number in (2, 4):
+        asked = options(pico_llama, texts, tmp_path / str(number), methods=methods("laco"))
+        selection = asked.recipe.selection.model_copy(update={"verification_sequences": number})
+        asked = replace(asked, recipe=asked.recipe.model_copy(update={"selection": selection}))
+        flops[number] = last(run_compare(asked)).cells[0].selection.flops
+    assert flops[4] == 2 * flops[2]

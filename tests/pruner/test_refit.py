@@ -204,7 +204,7 @@ def test_batches_and_their_order_do_not_matter(model: PreTrainedModel, tokens: T
 def test_transfer_begins_with_it_and_says_so(model: PreTrainedModel, tokens: Tensor) -> None:
     alone = copy.deepcopy(model)
     refitted(alone, tokens, DROPPED, batch_size=1, relaxation=0.75)
-    recipe = TransferRecipe(steps=0, batch_size=4)
+    recipe = TransferRecipe(steps=0, batch_size=4, closing="refit")
     result = transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
     assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
     assert result.steps == ()
@@ -223,7 +223,9 @@ def test_how_far_it_goes_depends_on_what_is_trained_behind_it(
     alone = copy.deepcopy(model)
     refitted(alone, tokens, DROPPED, batch_size=1, relaxation=relaxation)
     # A rate at which no fp32 weight moves.
-    recipe = TransferRecipe.model_validate({"steps": 0, "learning_rate": 1e-30, **settings})
+    recipe = TransferRecipe.model_validate(
+        {"closing": "refit", "steps": 0, "learning_rate": 1e-30, **settings}
+    )
     transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
     assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -239,7 +241,9 @@ def test_the_teacher_is_the_model_before_it(model: PreTrainedModel, tokens: Tens
     with GatedModel(model) as gated, torch.no_grad():
         dense = gated.logits(tokens).log_softmax(-1)
     result = transfer(
-        model, tokens, TransferRecipe(steps=1, batch_size=len(tokens), learning_rate=1e-30),
+        model, tokens, TransferRecipe(
+            steps=1, batch_size=len(tokens), learning_rate=1e-30, closing="refit"
+        ),
         dropped=DROPPED, seed=0,
     )  # fmt: skip
     with GatedModel(model) as gated, torch.no_grad(), gated.masking(DROPPED):

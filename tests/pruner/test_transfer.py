@@ -215,7 +215,7 @@ def test_lora_is_merged_and_leaves_no_adapter(
 ) -> None:
     torch.manual_seed(0)
     names = [name for name, _ in model.named_parameters()]
-    result = run(model, tokens, lora=LoraRecipe(rank=2))
+    result = run(model, tokens, lora=LoraRecipe(rank=2), closing="at_once")
     assert [name for name, _ in model.named_parameters()] == names
     assert result.loss_before_deletion == result.loss_after_deletion
     dense = load_model(open_checkpoint(pico_llama))
