@@ -324,7 +324,9 @@ def test_a_refit_that_could_not_be_is_said(
     )
     (cell,) = last(run_compare(asked)).cells
     assert cell.note is not None
-    assert "layers 4 to 5 go without a refit: layer 3's MLP" in cell.note
+    assert "nothing takes over the work of layers 4 to 5 before the training: layer 3's MLP" in (
+        cell.note
+    )
 
 
 def test_methods_are_listed_without_a_model() -> None:
