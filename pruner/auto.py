@@ -2,17 +2,23 @@
 
 In order: lambda1, by how well the orders of layers from two halves of the text agree; the removal
 order, every prefix of it measured without recovery; the depth, by bisection where a quality budget
-asks for it (quality is taken to fall with depth); the learning rate at that depth. A resumed search
-goes through the same decisions and finds done what is done (auto_trials.py). No optimizer library
-(optuna) chooses what to try: at most 8 evaluations of one or two parameters leave a sampler nothing
-to learn.
+asks for it (quality is taken to fall with depth); the learning rate at that depth; the steps, at
+that depth and rate, doubled while it helps. A resumed search goes through the same decisions and
+finds done what is done (auto_trials.py). No optimizer library (optuna) chooses what to try: at most
+8 evaluations of one or two parameters leave a sampler nothing to learn.
 """
 
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from trsp.pruner.auto_plan import lambda1_values, plan_search, rate_factors, section_of
+from trsp.pruner.auto_plan import (
+    lambda1_values,
+    plan_search,
+    rate_factors,
+    section_of,
+    steps_factors,
+)
 from trsp.pruner.auto_record import (
     AutoRecord,
     Decision,
@@ -47,10 +53,10 @@ class SearchResult:
 
 
 def search(run: Run, calibration: CalibrationSet) -> SearchResult:
-    """Choose lambda1, the layers and the learning rate of `run.recipe`, whose `auto` is set.
+    """Choose lambda1, the layers, the learning rate and the steps of `run.recipe`.
 
-    The weights of the best transfer are in the run folder afterwards, as if the run had made them,
-    and `run.recipe` is the resolved one.
+    Its `auto` is set. The weights of the best transfer are in the run folder afterwards, as if the
+    run had made them, and `run.recipe` is the resolved one.
 
     Raises:
         UserError: too few sequences to hold some out.
@@ -120,6 +126,9 @@ class _Search:
         if best is not None and best.factor != 1:
             transfer = transfer.model_copy(update={"learning_rate": best.learning_rate})
             settings.append(f"transfer.learning_rate={best.learning_rate!r}")
+        if best is not None and best.steps_factor != 1:
+            transfer = transfer.model_copy(update={"steps": self._steps(best)})
+            settings.append(f"transfer.steps={self._steps(best)}")
         self.run.recipe = self.run.recipe.model_copy(update={"layers": depth, "transfer": transfer})
         method = self.run.method(recipe.selection.method)
         record = self._record(depth, tuple(order), tuple(settings))
@@ -219,11 +228,13 @@ class _Search:
             first = self.trials.make(self.deepest)
             assert first is not None, "max_transfers is at least 1"
             self._decide("layers", str(self.deepest), "as asked")
-            best = self._by_learning_rate(first)
+            best = self._by_steps(self._by_learning_rate(first))
         else:
-            best = self._by_learning_rate(self._by_depth())
-            while best.factor != 1 and best.layers < self.deepest:
-                deeper = self.trials.make(best.layers + 1, best.factor)
+            best = self._by_steps(self._by_learning_rate(self._by_depth()))
+            while (best.factor != 1 or best.steps_factor != 1) and best.layers < self.deepest:
+                deeper = self.trials.make(
+                    best.layers + 1, best.factor, steps_factor=best.steps_factor
+                )
                 if deeper is None:
                     break
                 if not self._meets(deeper):
@@ -243,8 +254,9 @@ class _Search:
         if self.trials.stopped_at_budget:
             self._decide(
                 "transfers",
-                str(len(self.trials.made)),
-                "the search budget (auto.max_transfers) is spent: this is the best so far",
+                str(self.trials.spent),
+                "the search budget (auto.max_transfers) has no room for the next: this is the best "
+                "so far",
             )
         return best
 
@@ -277,14 +289,10 @@ class _Search:
             if trial.loss is None:
                 told.append(f"x{factor:.2g} {trial.outcome}")
                 continue
-            lower, error = best_loss.above(trial.loss)
-            how = "better" if lower > error else "worse" if -lower > error else "a tie"
-            told.append(
-                f"x{factor:.2g} {trial.loss.mean:.4f} ({how}: {-lower:+.4f}, standard error "
-                f"{error:.4f})"
-            )
-            self.trials.drop(best if lower > error else trial)
-            if lower > error:
+            better, numbers = _beside(best_loss, trial.loss)
+            told.append(f"x{factor:.2g} {numbers}")
+            self.trials.drop(best if better else trial)
+            if better:
                 best, best_loss = trial, trial.loss
         self._decide(
             "learning rate",
@@ -292,6 +300,42 @@ class _Search:
             f"held-out loss with {default.layers} layers less: {', '.join(told)}",
         )
         return best
+
+    def _by_steps(self, shorter: Trial) -> Trial:
+        """Twice the steps at the same depth and rate, and again while that is no tie."""
+        factors = steps_factors(self.asked)
+        if not factors:
+            why = "auto.max_steps_factor is 1" if self.asked.transfer.steps else "the refit alone"
+            self._decide("steps", str(self._steps(shorter)), f"not searched: {why}")
+            return shorter
+        assert shorter.loss is not None, "the best rate's transfer finished"
+        best, best_loss = shorter, shorter.loss
+        told = [f"{self._steps(shorter)} steps {best_loss.mean:.4f}"]
+        for factor in factors:
+            trial = self.trials.make(best.layers, best.factor, steps_factor=factor)
+            if trial is None:
+                told.append("more not tried: the search budget (auto.max_transfers) has no room")
+                break
+            if trial.loss is None:
+                told.append(f"{self._steps(trial)} steps {trial.outcome}")
+                break
+            better, numbers = _beside(best_loss, trial.loss)
+            told.append(f"{self._steps(trial)} steps {numbers}")
+            self.trials.drop(best if better else trial)
+            if not better:
+                break
+            best, best_loss = trial, trial.loss
+        else:
+            told.append(f"more not tried (auto.max_steps_factor {self.auto.max_steps_factor})")
+        self._decide(
+            "steps",
+            f"{self._steps(best)} (x{best.steps_factor})",
+            f"held-out loss with {best.layers} layers less: {', '.join(told)}",
+        )
+        return best
+
+    def _steps(self, trial: Trial) -> int:
+        return trial.steps_factor * self.asked.transfer.steps
 
     def _measured(self, loss: HeldOutLoss) -> str:
         ratio, error = loss.ratio(self.raw[0]), loss.above(self.raw[0])[1]
@@ -306,7 +350,8 @@ class _Search:
     def _explain_depth(self, best: Trial) -> None:
         assert self.auto.max_increase is not None, "asked only with a quality budget"
         told = [
-            f"{trial.layers} at x{trial.factor:.2g}: {self._measured(trial.loss)}"
+            f"{trial.layers} at x{trial.factor:.2g} in {self._steps(trial)} steps: "
+            f"{self._measured(trial.loss)}"
             for trial in sorted(self.trials.made, key=lambda trial: trial.layers)
             if trial.loss is not None and (trial.factor == 1 or trial.factor == best.factor)
         ]
@@ -390,6 +435,13 @@ class _Search:
     def _release(self) -> None:
         self.model = None
         free_memory()
+
+
+def _beside(best: HeldOutLoss, other: HeldOutLoss) -> tuple[bool, str]:
+    """Whether `other` is lower by more than the standard error, and the numbers."""
+    lower, error = best.above(other)
+    how = "better" if lower > error else "worse" if -lower > error else "a tie"
+    return lower > error, (f"{other.mean:.4f} ({how}: {-lower:+.4f}, standard error {error:.4f})")
 
 
 def _why_lambda2(recipe: Recipe) -> str:

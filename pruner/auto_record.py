@@ -20,7 +20,7 @@ class SearchPlan(_Record):
 
     Attributes:
         gate_trainings: stability's and selection's; a plain run has as many as it removes layers.
-        transfers: a plain run has one.
+        transfers: a plain run has one; one of twice the steps counts as two.
         proportion: sequences trained on, over those of a plain run to the deepest depth.
     """
 
@@ -34,8 +34,8 @@ class SearchPlan(_Record):
         return (
             f"at most {self.gate_trainings} gate trainings (a plain run: "
             f"{self.plain_gate_trainings}) and {self.transfers} transfers (a plain run: "
-            f"{self.plain_transfers}); it trains on at most {self.proportion:.1f} times the "
-            "sequences of a plain run"
+            f"{self.plain_transfers}; twice the steps count as two); it trains on at most "
+            f"{self.proportion:.1f} times the sequences of a plain run"
         )
 
 
@@ -64,10 +64,15 @@ class DepthPoint(_Record):
 
 
 class TransferTrial(_Record):
-    """One transfer of the search; a loss and its ratio only where it finished."""
+    """One transfer of the search; a loss and its ratio only where it finished.
+
+    Attributes:
+        factor, steps_factor: times the recipe's learning rate and its steps.
+    """
 
     layers: int
     factor: float
+    steps_factor: int = 1
     learning_rate: float
     outcome: Outcome
     halfway_loss: float | None
@@ -147,8 +152,10 @@ class AutoRecord(_Record):
         lines += [f"{d.setting} {d.value}: {d.reason}" for d in self.decisions]
         lines.append(self.knee_line())
         lines.append(
-            f"ran {self.gate_trainings} gate trainings and {len(self.transfers)} transfers "
-            f"(at most {self.plan.transfers} planned); {self.seconds:.0f} s besides selection"
+            f"ran {self.gate_trainings} gate trainings and "
+            f"{sum(trial.steps_factor for trial in self.transfers)} transfers (at most "
+            f"{self.plan.transfers} planned; twice the steps count as two); {self.seconds:.0f} s "
+            "besides selection"
         )
         return lines
 
