@@ -1,7 +1,8 @@
 """`trsp prune --auto`: the settings of a run, chosen on calibration text that nothing trains on.
 
-In order: lambda1, by how well the orders of layers from two halves of the text agree; the removal
-order, every prefix of it measured without recovery; the depth, by bisection where a quality budget
+In order: lambda1, by how well the orders of layers from two halves of the text agree, which is
+measured where nothing depends on it too; the removal order, every prefix of it measured without
+recovery; the depth, by bisection where a quality budget
 asks for it (quality is taken to fall with depth); the learning rate at that depth; the steps, at
 that depth and rate, doubled while it helps. A resumed search goes through the same decisions and
 finds done what is done (auto_trials.py). No optimizer library (optuna) chooses what to try: at most
@@ -12,7 +13,14 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from trsp.pruner.auto_order import (
+    choose_stable,
+    losses_without,
+    noise_warning,
+    rank_correlation,
+)
 from trsp.pruner.auto_plan import (
+    MIN_RANKED_LAYERS,
     lambda1_values,
     plan_search,
     rate_factors,
@@ -23,6 +31,7 @@ from trsp.pruner.auto_record import (
     AutoRecord,
     Decision,
     DepthPoint,
+    OrderStability,
     StabilityTrial,
     percent,
 )
@@ -37,9 +46,6 @@ from trsp.pruner.recipe import Recipe
 from trsp.pruner.run import Run, free_memory
 from trsp.pruner.selection import select_layers
 from trsp.pruner.transfer import learning_rate
-
-SAME_CORRELATION = 0.02  # correlations closer than this are a tie
-NOISY_CORRELATION = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,24 +71,6 @@ def search(run: Run, calibration: CalibrationSet) -> SearchResult:
     return _Search(run, calibration).result()
 
 
-def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's, of two scores of the same layers; 0 where one of them orders nothing."""
-    from scipy.stats import spearmanr
-
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return 0.0
-    return float(spearmanr(first, second).statistic)
-
-
-def choose_stable(trials: list[StabilityTrial], own: float) -> StabilityTrial:
-    """The highest correlation; the recipe's `own` lambda1 where it is within SAME_CORRELATION."""
-    best = max(trials, key=lambda trial: trial.correlation)
-    for trial in trials:
-        if trial.lambda1 == own and best.correlation - trial.correlation <= SAME_CORRELATION:
-            return trial
-    return best
-
-
 class _Search:
     """One search, from the text to the settings."""
 
@@ -94,6 +82,7 @@ class _Search:
         self.notes = Notes(run)
         self.model: PreTrainedModel | None = None
         self.stability: list[StabilityTrial] = []
+        self.order: OrderStability | None = None
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
         self.raw: list[HeldOutLoss] = []
@@ -102,6 +91,7 @@ class _Search:
     def result(self) -> SearchResult:
         recipe = self.asked
         chosen = self._choose_lambda1()
+        self._compare_orders()
         self._release()
         selection = recipe.selection.model_copy(update={"lambda1": chosen})
         update = {"selection": selection, "layers": self.deepest, "ratio": None}
@@ -159,12 +149,7 @@ class _Search:
             f"{chosen.lambda1:g}",
             f"the orders from two halves of the text {why} (rank correlation at {shown})",
         )
-        if chosen.correlation < NOISY_CORRELATION:
-            self.warnings.append(
-                "two halves of the text order the layers with a rank correlation of "
-                f"{chosen.correlation:.2f}: the order is mostly noise: more text or more "
-                "selection.first_round_steps"
-            )
+        self.warnings += noise_warning(chosen.correlation, "selection.first_round_steps")
         return chosen.lambda1
 
     def _gates(self, lambda1: float, half: int) -> list[float]:
@@ -188,6 +173,32 @@ class _Search:
 
         gates = self.notes.once(f"gates at {lambda1!r}, half {half + 1}", train)
         return [abs(gate) for layer, gate in enumerate(gates) if layer not in protected]
+
+    def _compare_orders(self) -> None:
+        """How alike two halves of the text order the layers, where losses do and not gates."""
+        selection, protected = self.asked.selection, self.run.protected_layers()
+        layers = [layer for layer in range(self.num_layers) if layer not in protected]
+        if selection.method == "gates" or len(layers) < MIN_RANKED_LAYERS:
+            return
+        training, most = self.split.training.input_ids, selection.verification_sequences
+        num_sequences = min(most, len(training) // 2)
+
+        def losses(half: int) -> list[float]:
+            return losses_without(
+                self._dense(),
+                training[half::2][:num_sequences],
+                layers,
+                selection.batch_size,
+                lambda task, done, total: self.run.progress(
+                    f"{task}, half {half + 1}/2", done, total
+                ),
+            )
+
+        first = self.notes.once("losses without, half 1", lambda: losses(0))
+        second = self.notes.once("losses without, half 2", lambda: losses(1))
+        correlation = rank_correlation(first, second)
+        self.order = OrderStability(num_sequences=num_sequences, correlation=correlation)
+        self.warnings += noise_warning(correlation, "selection.verification_sequences")
 
     def _raw_loss(self, removed: tuple[int, ...]) -> HeldOutLoss:
         def measure() -> list[float]:
@@ -408,6 +419,7 @@ class _Search:
             raw_limit=self.auto.raw_limit,
             dense_loss=self.raw[0].mean,
             stability=tuple(self.stability),
+            order=self.order,
             removal_order=order,
             curve=curve,
             knee=max(point.layers for point in curve if point.raw_ratio <= limit),

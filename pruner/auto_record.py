@@ -46,6 +46,19 @@ class StabilityTrial(_Record):
     correlation: float
 
 
+class OrderStability(_Record):
+    """Spearman's correlation of the losses without each layer, on two times `num_sequences`."""
+
+    num_sequences: int
+    correlation: float
+
+    def describe(self) -> str:
+        return (
+            f"two halves of the text agree with rank correlation {self.correlation:.2f} (the loss "
+            f"without each layer, {self.num_sequences} sequences a half)"
+        )
+
+
 class DepthPoint(_Record):
     """The model without the first `layers` of the removal order.
 
@@ -93,6 +106,8 @@ class AutoRecord(_Record):
     """A finished search.
 
     Attributes:
+        order: how stable the order is; None where gates order (`stability` tells), or too few
+            layers are ordered.
         knee: the deepest depth whose raw ratio is at most 1 + raw_limit.
         settings: what the search came to, as `section.name=value`.
         stopped_at_budget: it would have tried more than max_transfers.
@@ -108,6 +123,7 @@ class AutoRecord(_Record):
     raw_limit: float
     dense_loss: float
     stability: tuple[StabilityTrial, ...]
+    order: OrderStability | None = None
     removal_order: tuple[int, ...]
     curve: tuple[DepthPoint, ...]
     knee: int
@@ -149,6 +165,8 @@ class AutoRecord(_Record):
             f"sequences of {self.sequence_length} tokens are held out, trained on by no stage; "
             "all numbers are theirs; what differs by less than its standard error is a tie"
         ]
+        if self.order is not None:
+            lines.append(f"order: {self.order.describe()}")
         lines += [f"{d.setting} {d.value}: {d.reason}" for d in self.decisions]
         lines.append(self.knee_line())
         lines.append(

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from trsp.bench.cli import app
 from trsp.pruner import api, auto, auto_trials, run
-from trsp.pruner.auto import choose_stable, rank_correlation
+from trsp.pruner.auto_order import choose_stable, losses_without, rank_correlation
 from trsp.pruner.auto_plan import plan_search
 from trsp.pruner.auto_record import AutoRecord, StabilityTrial, console_lines
 from trsp.pruner.auto_trials import Trial
 from trsp.pruner.calibration import CalibrationSet
-from trsp.pruner.checkpoint import open_checkpoint
+from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import Interrupted, RunError, UserError
+from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.held_out import HeldOutLoss, held_out_loss
 from trsp.pruner.recipe import AutoRecipe, Recipe, build_recipe
 from trsp.pruner.token_ids import hash_ids
@@ -109,6 +111,7 @@ def test_a_quality_budget_finds_the_planted_layers_and_stops(
     assert open_checkpoint(out).num_hidden_layers == 4
     record = AutoRecord.model_validate(report["auto"])
     assert record.layers == 2
+    assert (len(record.stability), record.order) == (3, None), "gates order the layers"
     assert [point.layers for point in record.curve] == [0, 1, 2, 3]
     assert record.curve[2].raw_ratio == pytest.approx(1, abs=1e-6)
     assert record.curve[3].raw_ratio > 1.01
@@ -597,6 +600,63 @@ def test_an_order_that_is_noise_is_warned_of(
     words["settings"] = (*SETTINGS, "transfer.enabled=false")
     report = api.prune(planted, tmp_path / "out", layers=1, **words)
     assert any("mostly noise" in warning for warning in report["warnings"])
+
+
+def test_losses_without_one_layer_rank_the_planted_ones_lowest(planted: Path) -> None:
+    model = load_model(open_checkpoint(planted), device="cpu")
+    tokens = torch.arange(64).reshape(2, 32) % 50
+    seen: list[tuple[str, int, int]] = []
+    losses = losses_without(model, tokens, [1, 2, 4, 5], 1, lambda *step: seen.append(step))
+    with GatedModel(model, fuse_norms="off") as gated:
+        dense, without = (gated.masked_loss(tokens, removed, 2) for removed in ((), (5,)))
+    assert losses[1:3] == pytest.approx([dense, dense], abs=1e-6)
+    assert losses[3] == pytest.approx(without, abs=1e-6)
+    assert min(abs(losses[0] - dense), abs(losses[3] - dense)) > 1e-5
+    assert seen == [("losses without", done, 4) for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("method", "second"), [("masked_loss", 1), ("block_influence", -1)])
+def test_an_order_by_losses_is_compared_between_halves_of_the_training_text(
+    planted: Path,
+    tmp_path: Path,
+    words: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    second: int,
+) -> None:
+    """The second half's losses are the first one's, or their opposites."""
+    halves: list[Tensor] = []
+    first: list[float] = []
+
+    def losses(model: Any, input_ids: Tensor, layers: Any, *args: Any) -> list[float]:
+        halves.append(input_ids)
+        assert list(layers) == [1, 2, 3, 4, 5], "layer 0 is protected"
+        first[:] = first or losses_without(model, input_ids, layers, *args)
+        return [loss if len(halves) == 1 else second * loss for loss in first]
+
+    monkeypatch.setattr(auto, "losses_without", losses)
+    words["settings"] = (*SETTINGS, f"selection.method={method}", "transfer.enabled=false")
+    stopper = Stopper("quality by depth", 1, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        api.prune(planted, tmp_path / "out", layers=1, progress=stopper, **words)
+    report = api.prune(planted, tmp_path / "out", layers=1, resume=True, **words)
+    assert [len(half) for half in halves] == [4, 4], "once each, verification_sequences of 6"
+    rows = [{tuple(row) for row in half.tolist()} for half in halves]
+    assert rows[0].isdisjoint(rows[1])
+    record = AutoRecord.model_validate(report["auto"])
+    assert record.order is not None
+    assert record.order.correlation == pytest.approx(second)
+    line = f"order: two halves of the text agree with rank correlation {second:.2f}"
+    assert sum(line in told for told in console_lines(report["auto"])) == 1
+    noisy = [told for told in report["warnings"] if "mostly noise" in told]
+    assert len(noisy) == (second < 0)
+    assert all("selection.verification_sequences" in told for told in noisy)
+    notes = json.loads((tmp_path / "out.run" / "auto.json").read_text())["done"]
+    spent = sum(entry["cost"]["seconds"] for entry in notes.values())
+    assert {f"losses without, half {half}" for half in (1, 2)} <= set(notes)
+    assert report["auto"]["seconds"] == pytest.approx(spent)
+    del report["auto"]["order"]
+    assert AutoRecord.model_validate(report["auto"]).order is None, "as before it was measured"
 
 
 @pytest.mark.parametrize(
