@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trsp.bench.statistics import CHANCE
 from trsp.pruner.errors import UserError
 
 if TYPE_CHECKING:
     from trsp.bench.audit_record import AuditRecord, Band, Domain, Paired
-
-_SIGNIFICANT = 0.05
 
 
 def audit(
@@ -207,7 +206,7 @@ def _told(paired: "Paired", what: str) -> str:
             f"{paired.needed} needed; nothing is compared"
         )
     verdict = "no difference shown"
-    if paired.p < _SIGNIFICANT:
+    if paired.p < CHANCE:
         verdict = "LOST" if paired.lost > paired.gained else "gained"
     return (
         f"{what}: dense {paired.dense}, pruned {paired.pruned} of {paired.cases}; "

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trsp.bench.audit_record import Closing, Copies, Generation, Loops, Paired, Sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts
+from trsp.bench.statistics import sign_test
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.token_ids import encode
 
@@ -127,8 +128,6 @@ def paired(
     Raises:
         ValueError: the models have other cases.
     """
-    from scipy.stats import binomtest
-
     cases = [
         case
         for ours, theirs in zip(dense, pruned, strict=True)
@@ -144,7 +143,7 @@ def paired(
         neither=cases.count((False, False)),
         lost=lost,
         gained=gained,
-        p=min(1.0, float(binomtest(lost, lost + gained).pvalue)) if lost + gained else 1.0,
+        p=sign_test(lost, gained),
         needed=max(LEAST_CASES, math.ceil(least_share * len(cases))),
     )
 

@@ -14,9 +14,8 @@ from trsp.bench.report_chapter import (
 )
 from trsp.bench.report_table import Column, Row, Table, merged, one_group
 from trsp.bench.report_words import DASH, TIMES, number
+from trsp.bench.statistics import CHANCE
 
-# A split between prompts lost and gained that chance makes more often tells nothing.
-_CHANCE = 0.05
 # Of the text before an example.
 _LONGEST = 160
 _ABOUT = (
@@ -303,7 +302,7 @@ def _skill(domain: str, what: str, paired: Paired) -> Row:
         why = f"not compared: the dense model gets {paired.dense} right, {paired.needed} needed"
         return Row((*cases, DASH, DASH, DASH, why), "control")
     verdict, kind = "no difference shown", ""
-    if paired.p < _CHANCE:
+    if paired.p < CHANCE:
         lost = paired.lost > paired.gained
         verdict, kind = ("LOST", "negative") if lost else ("gained", "")
     split = (number(paired.only_dense), number(paired.only_pruned), f"{paired.p:.2g}")

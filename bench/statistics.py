@@ -1,5 +1,7 @@
 """Intervals over experiment blocks: the speed-up of one model over another, cost against depth.
 
+And, of cases that are right or wrong, whether as many lost as gained may be chance.
+
 The block is the unit. In one block every arm is measured twice, in a palindrome (A B B A), so that
 a slow drift of the machine falls on all of them alike; what is left over differs from block to
 block, and that is what an interval speaks of.
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from trsp.pruner.errors import UserError
 
 CONFIDENCE = 0.95
+CHANCE = 0.05  # an exact test below it is no chance
 _NUM_RESAMPLES = 9999
 
 
@@ -188,6 +191,17 @@ def linear_fit(
         block_slopes=tuple(line[1] for line in lines),
         seed=seed,
     )
+
+
+def sign_test(lost: int, gained: int) -> float:
+    """The chance of as uneven a split where lost and gained are as likely as each other.
+
+    Two-sided exact binomial; of single cases, right or wrong under both models, it is McNemar's
+    test. 1 where nothing changed; below CHANCE only with 6 changes or more.
+    """
+    from scipy.stats import binomtest
+
+    return min(1.0, float(binomtest(lost, lost + gained).pvalue)) if lost + gained else 1.0
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:

@@ -205,11 +205,12 @@ def show_tasks(record: "ZeroShotRecord") -> None:
     beyond = [one for one in record.differences if one.beyond]
     for one in beyond:
         console.print(
-            f"{one.task} {one.metric}: {one.difference:+.4f} is beyond two standard errors",
+            f"{one.task} {one.metric}: {one.difference:+.4f} is beyond chance ({one.lost} lost, "
+            f"{one.gained} gained; exact test, 5 %)",
             markup=False,
         )
     if not beyond:
-        console.print("no difference is beyond two standard errors", markup=False)
+        console.print("no difference is beyond chance (exact test, 5 %)", markup=False)
 
 
 def _with_error(metric: "Metric") -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trsp.bench.statistics import CHANCE, sign_test
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.errors import UserError, first_problem
 
@@ -69,7 +70,9 @@ class Difference(_Frozen):
     Attributes:
         stderr: of the mean of the samples' differences; None for a single sample.
         gained, lost: samples that only this model, or only the other one, has right.
-        beyond: whether `difference` is more than two standard errors from 0.
+        p: of as uneven a split between lost and gained by chance, two-sided exact (McNemar's).
+        beyond: whether p is below CHANCE. A record from before `p` has None there, and says whether
+            `difference` was more than two standard errors from 0.
     """
 
     task: str
@@ -80,6 +83,7 @@ class Difference(_Frozen):
     stderr: float | None
     gained: Count
     lost: Count
+    p: float | None = Field(None, ge=0, le=1)
     beyond: bool | None
 
 
@@ -142,6 +146,8 @@ def paired_differences(
             ]
             difference, count = statistics.fmean(steps), len(steps)
             stderr = statistics.stdev(steps) / math.sqrt(count) if count > 1 else None
+            gained, lost = steps.count(1), steps.count(-1)
+            p = sign_test(lost, gained)
             found.append(
                 Difference(
                     task=name,
@@ -150,9 +156,10 @@ def paired_differences(
                     num_samples=count,
                     difference=difference,
                     stderr=stderr,
-                    gained=steps.count(1),
-                    lost=steps.count(-1),
-                    beyond=None if stderr is None else abs(difference) > 2 * stderr,
+                    gained=gained,
+                    lost=lost,
+                    p=p,
+                    beyond=p < CHANCE,
                 )
             )
     return found

@@ -1,22 +1,37 @@
 """`trsp prune --auto`: the settings of a run, chosen on calibration text that nothing trains on.
 
-In order: lambda1, by how well the orders of layers from two halves of the text agree; the removal
-order, every prefix of it measured without recovery; the depth, by bisection where a quality budget
-asks for it (quality is taken to fall with depth); the learning rate at that depth. A resumed search
-goes through the same decisions and finds done what is done (auto_trials.py). No optimizer library
-(optuna) chooses what to try: at most 8 evaluations of one or two parameters leave a sampler nothing
-to learn.
+In order: lambda1, by how well the orders of layers from two halves of the text agree, which is
+measured where nothing depends on it too; the removal order, every prefix of it measured without
+recovery; the depth, by bisection where a quality budget
+asks for it (quality is taken to fall with depth); the learning rate at that depth; the steps, at
+that depth and rate, doubled while it helps. A resumed search goes through the same decisions and
+finds done what is done (auto_trials.py). No optimizer library (optuna) chooses what to try: at most
+8 evaluations of one or two parameters leave a sampler nothing to learn.
 """
 
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from trsp.pruner.auto_plan import lambda1_values, plan_search, rate_factors, section_of
+from trsp.pruner.auto_order import (
+    choose_stable,
+    losses_without,
+    noise_warning,
+    rank_correlation,
+)
+from trsp.pruner.auto_plan import (
+    MIN_RANKED_LAYERS,
+    lambda1_values,
+    plan_search,
+    rate_factors,
+    section_of,
+    steps_factors,
+)
 from trsp.pruner.auto_record import (
     AutoRecord,
     Decision,
     DepthPoint,
+    OrderStability,
     StabilityTrial,
     percent,
 )
@@ -32,9 +47,6 @@ from trsp.pruner.run import Run, free_memory
 from trsp.pruner.selection import select_layers
 from trsp.pruner.transfer import learning_rate
 
-SAME_CORRELATION = 0.02  # correlations closer than this are a tie
-NOISY_CORRELATION = 0.5
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -47,34 +59,16 @@ class SearchResult:
 
 
 def search(run: Run, calibration: CalibrationSet) -> SearchResult:
-    """Choose lambda1, the layers and the learning rate of `run.recipe`, whose `auto` is set.
+    """Choose lambda1, the layers, the learning rate and the steps of `run.recipe`.
 
-    The weights of the best transfer are in the run folder afterwards, as if the run had made them,
-    and `run.recipe` is the resolved one.
+    Its `auto` is set. The weights of the best transfer are in the run folder afterwards, as if the
+    run had made them, and `run.recipe` is the resolved one.
 
     Raises:
         UserError: too few sequences to hold some out.
         RunError: no depth meets `auto.max_increase`, with what was measured.
     """
     return _Search(run, calibration).result()
-
-
-def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's, of two scores of the same layers; 0 where one of them orders nothing."""
-    from scipy.stats import spearmanr
-
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return 0.0
-    return float(spearmanr(first, second).statistic)
-
-
-def choose_stable(trials: list[StabilityTrial], own: float) -> StabilityTrial:
-    """The highest correlation; the recipe's `own` lambda1 where it is within SAME_CORRELATION."""
-    best = max(trials, key=lambda trial: trial.correlation)
-    for trial in trials:
-        if trial.lambda1 == own and best.correlation - trial.correlation <= SAME_CORRELATION:
-            return trial
-    return best
 
 
 class _Search:
@@ -88,6 +82,7 @@ class _Search:
         self.notes = Notes(run)
         self.model: PreTrainedModel | None = None
         self.stability: list[StabilityTrial] = []
+        self.order: OrderStability | None = None
         self.decisions: list[Decision] = []
         self.warnings: list[str] = []
         self.raw: list[HeldOutLoss] = []
@@ -96,6 +91,7 @@ class _Search:
     def result(self) -> SearchResult:
         recipe = self.asked
         chosen = self._choose_lambda1()
+        self._compare_orders()
         self._release()
         selection = recipe.selection.model_copy(update={"lambda1": chosen})
         update = {"selection": selection, "layers": self.deepest, "ratio": None}
@@ -120,6 +116,9 @@ class _Search:
         if best is not None and best.factor != 1:
             transfer = transfer.model_copy(update={"learning_rate": best.learning_rate})
             settings.append(f"transfer.learning_rate={best.learning_rate!r}")
+        if best is not None and best.steps_factor != 1:
+            transfer = transfer.model_copy(update={"steps": self._steps(best)})
+            settings.append(f"transfer.steps={self._steps(best)}")
         self.run.recipe = self.run.recipe.model_copy(update={"layers": depth, "transfer": transfer})
         method = self.run.method(recipe.selection.method)
         record = self._record(depth, tuple(order), tuple(settings))
@@ -150,12 +149,7 @@ class _Search:
             f"{chosen.lambda1:g}",
             f"the orders from two halves of the text {why} (rank correlation at {shown})",
         )
-        if chosen.correlation < NOISY_CORRELATION:
-            self.warnings.append(
-                "two halves of the text order the layers with a rank correlation of "
-                f"{chosen.correlation:.2f}: the order is mostly noise: more text or more "
-                "selection.first_round_steps"
-            )
+        self.warnings += noise_warning(chosen.correlation, "selection.first_round_steps")
         return chosen.lambda1
 
     def _gates(self, lambda1: float, half: int) -> list[float]:
@@ -179,6 +173,32 @@ class _Search:
 
         gates = self.notes.once(f"gates at {lambda1!r}, half {half + 1}", train)
         return [abs(gate) for layer, gate in enumerate(gates) if layer not in protected]
+
+    def _compare_orders(self) -> None:
+        """How alike two halves of the text order the layers, where losses do and not gates."""
+        selection, protected = self.asked.selection, self.run.protected_layers()
+        layers = [layer for layer in range(self.num_layers) if layer not in protected]
+        if selection.method == "gates" or len(layers) < MIN_RANKED_LAYERS:
+            return
+        training, most = self.split.training.input_ids, selection.verification_sequences
+        num_sequences = min(most, len(training) // 2)
+
+        def losses(half: int) -> list[float]:
+            return losses_without(
+                self._dense(),
+                training[half::2][:num_sequences],
+                layers,
+                selection.batch_size,
+                lambda task, done, total: self.run.progress(
+                    f"{task}, half {half + 1}/2", done, total
+                ),
+            )
+
+        first = self.notes.once("losses without, half 1", lambda: losses(0))
+        second = self.notes.once("losses without, half 2", lambda: losses(1))
+        correlation = rank_correlation(first, second)
+        self.order = OrderStability(num_sequences=num_sequences, correlation=correlation)
+        self.warnings += noise_warning(correlation, "selection.verification_sequences")
 
     def _raw_loss(self, removed: tuple[int, ...]) -> HeldOutLoss:
         def measure() -> list[float]:
@@ -219,11 +239,13 @@ class _Search:
             first = self.trials.make(self.deepest)
             assert first is not None, "max_transfers is at least 1"
             self._decide("layers", str(self.deepest), "as asked")
-            best = self._by_learning_rate(first)
+            best = self._by_steps(self._by_learning_rate(first))
         else:
-            best = self._by_learning_rate(self._by_depth())
-            while best.factor != 1 and best.layers < self.deepest:
-                deeper = self.trials.make(best.layers + 1, best.factor)
+            best = self._by_steps(self._by_learning_rate(self._by_depth()))
+            while (best.factor != 1 or best.steps_factor != 1) and best.layers < self.deepest:
+                deeper = self.trials.make(
+                    best.layers + 1, best.factor, steps_factor=best.steps_factor
+                )
                 if deeper is None:
                     break
                 if not self._meets(deeper):
@@ -243,8 +265,9 @@ class _Search:
         if self.trials.stopped_at_budget:
             self._decide(
                 "transfers",
-                str(len(self.trials.made)),
-                "the search budget (auto.max_transfers) is spent: this is the best so far",
+                str(self.trials.spent),
+                "the search budget (auto.max_transfers) has no room for the next: this is the best "
+                "so far",
             )
         return best
 
@@ -277,14 +300,10 @@ class _Search:
             if trial.loss is None:
                 told.append(f"x{factor:.2g} {trial.outcome}")
                 continue
-            lower, error = best_loss.above(trial.loss)
-            how = "better" if lower > error else "worse" if -lower > error else "a tie"
-            told.append(
-                f"x{factor:.2g} {trial.loss.mean:.4f} ({how}: {-lower:+.4f}, standard error "
-                f"{error:.4f})"
-            )
-            self.trials.drop(best if lower > error else trial)
-            if lower > error:
+            better, numbers = _beside(best_loss, trial.loss)
+            told.append(f"x{factor:.2g} {numbers}")
+            self.trials.drop(best if better else trial)
+            if better:
                 best, best_loss = trial, trial.loss
         self._decide(
             "learning rate",
@@ -292,6 +311,42 @@ class _Search:
             f"held-out loss with {default.layers} layers less: {', '.join(told)}",
         )
         return best
+
+    def _by_steps(self, shorter: Trial) -> Trial:
+        """Twice the steps at the same depth and rate, and again while that is no tie."""
+        factors = steps_factors(self.asked)
+        if not factors:
+            why = "auto.max_steps_factor is 1" if self.asked.transfer.steps else "the refit alone"
+            self._decide("steps", str(self._steps(shorter)), f"not searched: {why}")
+            return shorter
+        assert shorter.loss is not None, "the best rate's transfer finished"
+        best, best_loss = shorter, shorter.loss
+        told = [f"{self._steps(shorter)} steps {best_loss.mean:.4f}"]
+        for factor in factors:
+            trial = self.trials.make(best.layers, best.factor, steps_factor=factor)
+            if trial is None:
+                told.append("more not tried: the search budget (auto.max_transfers) has no room")
+                break
+            if trial.loss is None:
+                told.append(f"{self._steps(trial)} steps {trial.outcome}")
+                break
+            better, numbers = _beside(best_loss, trial.loss)
+            told.append(f"{self._steps(trial)} steps {numbers}")
+            self.trials.drop(best if better else trial)
+            if not better:
+                break
+            best, best_loss = trial, trial.loss
+        else:
+            told.append(f"more not tried (auto.max_steps_factor {self.auto.max_steps_factor})")
+        self._decide(
+            "steps",
+            f"{self._steps(best)} (x{best.steps_factor})",
+            f"held-out loss with {best.layers} layers less: {', '.join(told)}",
+        )
+        return best
+
+    def _steps(self, trial: Trial) -> int:
+        return trial.steps_factor * self.asked.transfer.steps
 
     def _measured(self, loss: HeldOutLoss) -> str:
         ratio, error = loss.ratio(self.raw[0]), loss.above(self.raw[0])[1]
@@ -306,7 +361,8 @@ class _Search:
     def _explain_depth(self, best: Trial) -> None:
         assert self.auto.max_increase is not None, "asked only with a quality budget"
         told = [
-            f"{trial.layers} at x{trial.factor:.2g}: {self._measured(trial.loss)}"
+            f"{trial.layers} at x{trial.factor:.2g} in {self._steps(trial)} steps: "
+            f"{self._measured(trial.loss)}"
             for trial in sorted(self.trials.made, key=lambda trial: trial.layers)
             if trial.loss is not None and (trial.factor == 1 or trial.factor == best.factor)
         ]
@@ -363,6 +419,7 @@ class _Search:
             raw_limit=self.auto.raw_limit,
             dense_loss=self.raw[0].mean,
             stability=tuple(self.stability),
+            order=self.order,
             removal_order=order,
             curve=curve,
             knee=max(point.layers for point in curve if point.raw_ratio <= limit),
@@ -390,6 +447,13 @@ class _Search:
     def _release(self) -> None:
         self.model = None
         free_memory()
+
+
+def _beside(best: HeldOutLoss, other: HeldOutLoss) -> tuple[bool, str]:
+    """Whether `other` is lower by more than the standard error, and the numbers."""
+    lower, error = best.above(other)
+    how = "better" if lower > error else "worse" if -lower > error else "a tie"
+    return lower > error, (f"{other.mean:.4f} ({how}: {-lower:+.4f}, standard error {error:.4f})")
 
 
 def _why_lambda2(recipe: Recipe) -> str:

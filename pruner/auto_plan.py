@@ -21,10 +21,11 @@ def plan_search(recipe: Recipe, num_hidden_layers: int, needed: Collection[int] 
     halves = 2 * len(lambda1_values(recipe, num_hidden_layers, needed))
     transfers = 0
     if transfer.enabled:
-        transfers = 1 + len(rate_factors(recipe))
+        longer = steps_factors(recipe)
+        transfers = 1 + len(rate_factors(recipe)) + sum(longer)
         if auto.max_increase is not None:
-            bisection = math.ceil(math.log2(deepest + 1))
-            transfers = bisection + len(rate_factors(recipe)) + deepest - 1
+            transfers += math.ceil(math.log2(deepest + 1)) - 1
+            transfers += (deepest - 1) * max(longer, default=1)
         transfers = min(auto.max_transfers, transfers)
     per_transfer = transfer.steps * transfer.batch_size
     steps = selection.first_round_steps + (rounds - 1) * selection.round_steps if rounds else 0
@@ -49,6 +50,12 @@ def section_of(recipe: Recipe) -> AutoRecipe:
 def rate_factors(recipe: Recipe) -> tuple[float, ...]:
     """Learning rates to try beside the recipe's own: none where nothing is trained."""
     return section_of(recipe).learning_rate_factors if recipe.transfer.steps else ()
+
+
+def steps_factors(recipe: Recipe) -> tuple[int, ...]:
+    """2, 4, ... times the recipe's steps, as far as they are to be tried."""
+    most = section_of(recipe).max_steps_factor if recipe.transfer.steps else 1
+    return tuple(2**doubling for doubling in range(1, most.bit_length()))
 
 
 def lambda1_values(

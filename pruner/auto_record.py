@@ -20,7 +20,7 @@ class SearchPlan(_Record):
 
     Attributes:
         gate_trainings: stability's and selection's; a plain run has as many as it removes layers.
-        transfers: a plain run has one.
+        transfers: a plain run has one; one of twice the steps counts as two.
         proportion: sequences trained on, over those of a plain run to the deepest depth.
     """
 
@@ -34,8 +34,8 @@ class SearchPlan(_Record):
         return (
             f"at most {self.gate_trainings} gate trainings (a plain run: "
             f"{self.plain_gate_trainings}) and {self.transfers} transfers (a plain run: "
-            f"{self.plain_transfers}); it trains on at most {self.proportion:.1f} times the "
-            "sequences of a plain run"
+            f"{self.plain_transfers}; twice the steps count as two); it trains on at most "
+            f"{self.proportion:.1f} times the sequences of a plain run"
         )
 
 
@@ -44,6 +44,19 @@ class StabilityTrial(_Record):
 
     lambda1: float
     correlation: float
+
+
+class OrderStability(_Record):
+    """Spearman's correlation of the losses without each layer, on two times `num_sequences`."""
+
+    num_sequences: int
+    correlation: float
+
+    def describe(self) -> str:
+        return (
+            f"two halves of the text agree with rank correlation {self.correlation:.2f} (the loss "
+            f"without each layer, {self.num_sequences} sequences a half)"
+        )
 
 
 class DepthPoint(_Record):
@@ -64,10 +77,15 @@ class DepthPoint(_Record):
 
 
 class TransferTrial(_Record):
-    """One transfer of the search; a loss and its ratio only where it finished."""
+    """One transfer of the search; a loss and its ratio only where it finished.
+
+    Attributes:
+        factor, steps_factor: times the recipe's learning rate and its steps.
+    """
 
     layers: int
     factor: float
+    steps_factor: int = 1
     learning_rate: float
     outcome: Outcome
     halfway_loss: float | None
@@ -88,6 +106,8 @@ class AutoRecord(_Record):
     """A finished search.
 
     Attributes:
+        order: how stable the order is; None where gates order (`stability` tells), or too few
+            layers are ordered.
         knee: the deepest depth whose raw ratio is at most 1 + raw_limit.
         settings: what the search came to, as `section.name=value`.
         stopped_at_budget: it would have tried more than max_transfers.
@@ -103,6 +123,7 @@ class AutoRecord(_Record):
     raw_limit: float
     dense_loss: float
     stability: tuple[StabilityTrial, ...]
+    order: OrderStability | None = None
     removal_order: tuple[int, ...]
     curve: tuple[DepthPoint, ...]
     knee: int
@@ -144,11 +165,15 @@ class AutoRecord(_Record):
             f"sequences of {self.sequence_length} tokens are held out, trained on by no stage; "
             "all numbers are theirs; what differs by less than its standard error is a tie"
         ]
+        if self.order is not None:
+            lines.append(f"order: {self.order.describe()}")
         lines += [f"{d.setting} {d.value}: {d.reason}" for d in self.decisions]
         lines.append(self.knee_line())
         lines.append(
-            f"ran {self.gate_trainings} gate trainings and {len(self.transfers)} transfers "
-            f"(at most {self.plan.transfers} planned); {self.seconds:.0f} s besides selection"
+            f"ran {self.gate_trainings} gate trainings and "
+            f"{sum(trial.steps_factor for trial in self.transfers)} transfers (at most "
+            f"{self.plan.transfers} planned; twice the steps count as two); {self.seconds:.0f} s "
+            "besides selection"
         )
         return lines
 

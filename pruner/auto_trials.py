@@ -58,6 +58,7 @@ class Trial:
     """One transfer without the first `layers` of the removal order, at `factor` times the rate.
 
     Attributes:
+        steps_factor: times the recipe's steps; so many transfers it counts as.
         halfway: the held-out loss after half of the steps, where there are two at least.
         loss: of the weights as they were written; None where it was stopped.
     """
@@ -68,10 +69,11 @@ class Trial:
     outcome: Outcome
     halfway: HeldOutLoss | None
     loss: HeldOutLoss | None
+    steps_factor: int = 1
 
     @property
     def name(self) -> str:
-        return _name(self.layers, self.factor)
+        return _name(self.layers, self.factor, self.steps_factor)
 
     def as_record(self, dense: HeldOutLoss) -> TransferTrial:
         """What the report says of it."""
@@ -79,6 +81,7 @@ class Trial:
         return TransferTrial(
             layers=self.layers,
             factor=self.factor,
+            steps_factor=self.steps_factor,
             learning_rate=self.learning_rate,
             outcome=self.outcome,
             halfway_loss=None if self.halfway is None else self.halfway.mean,
@@ -88,8 +91,12 @@ class Trial:
         )
 
 
-def _name(layers: int, factor: float) -> str:
-    return f"transfer-{layers}-x{factor:.6g}"
+def _name(layers: int, factor: float, steps_factor: int) -> str:
+    return f"transfer-{layers}-x{factor:.6g}{_longer('-steps-x{}', steps_factor)}"
+
+
+def _longer(text: str, steps_factor: int) -> str:
+    return "" if steps_factor == 1 else text.format(steps_factor)
 
 
 class _BehindHalfwayError(Exception):
@@ -97,7 +104,10 @@ class _BehindHalfwayError(Exception):
 
 
 class Trials:
-    """All transfers of one search, at most `max_transfers`, in the order they were asked for."""
+    """All transfers of one search in the order they were asked for.
+
+    They take at most `max_transfers` times the recipe's steps.
+    """
 
     def __init__(
         self,
@@ -114,25 +124,39 @@ class Trials:
         self._run, self._notes, self._split = run, notes, split
         self._layer_map, self._peak_rate, self._max = layer_map, peak_rate, max_transfers
 
-    def make(self, layers: int, factor: float = 1.0, *, best: Trial | None = None) -> Trial | None:
+    @property
+    def spent(self) -> int:
+        """What the transfers made count as."""
+        return sum(trial.steps_factor for trial in self.made)
+
+    def make(
+        self,
+        layers: int,
+        factor: float = 1.0,
+        *,
+        steps_factor: int = 1,
+        best: Trial | None = None,
+    ) -> Trial | None:
         """One transfer, stopped halfway where `best` was ahead there; None: none may be made.
 
-        A transfer that diverges at another rate than the default's is an answer; at the default's
-        it is the run's failure.
+        A transfer that diverges at another rate or with more steps than the recipe's is an answer;
+        the recipe's own is the run's failure.
 
         Raises:
-            RunError: out of memory, or the default rate's transfer failed.
+            RunError: out of memory, or the transfer of the recipe's own settings failed.
         """
-        if len(self.made) >= self._max:
+        if self.spent + steps_factor > self._max:
             self.stopped_at_budget = True
             return None
-        name, rate = _name(layers, factor), factor * self._peak_rate
-        found = self._notes.once(name, lambda: self._transfer(layers, factor, rate, best))
+        name, rate = _name(layers, factor, steps_factor), factor * self._peak_rate
+        found = self._notes.once(
+            name, lambda: self._transfer(layers, factor, steps_factor, rate, best)
+        )
         halfway, loss = (
             None if found[key] is None else HeldOutLoss(tuple(found[key]))
             for key in ("halfway", "loss")
         )
-        trial = Trial(layers, factor, rate, found["outcome"], halfway, loss)
+        trial = Trial(layers, factor, rate, found["outcome"], halfway, loss, steps_factor)
         self.made.append(trial)
         if loss is None:
             self.drop(trial)
@@ -155,18 +179,19 @@ class Trials:
         folder.drop_searches()
 
     def _transfer(
-        self, layers: int, factor: float, rate: float, best: Trial | None
+        self, layers: int, factor: float, steps_factor: int, rate: float, best: Trial | None
     ) -> dict[str, Any]:
         recipe = self._run.recipe.transfer
         if factor != 1:
             recipe = recipe.model_copy(update={"learning_rate": rate})
-        number = len(self.made) + 1
+        recipe = recipe.model_copy(update={"steps": steps_factor * recipe.steps})
+        number, longer = len(self.made) + 1, _longer(", steps x{}", steps_factor)
         child = replace(
             self._run,
             recipe=self._run.recipe.model_copy(update={"transfer": recipe}),
-            folder=self._run.folder.search(_name(layers, factor)),
+            folder=self._run.folder.search(_name(layers, factor, steps_factor)),
             progress=lambda task, done, total: self._run.progress(
-                f"try {number}, {layers} layers, x{factor:.2g}: {task}", done, total
+                f"try {number}, {layers} layers, x{factor:.2g}{longer}: {task}", done, total
             ),
             costs={},
         )
@@ -184,7 +209,7 @@ class Trials:
         except _BehindHalfwayError:
             outcome = "stopped halfway"
         except RunError as error:
-            if factor == 1 or isinstance(error.__cause__, torch.OutOfMemoryError):
+            if factor == steps_factor == 1 or isinstance(error.__cause__, torch.OutOfMemoryError):
                 raise
             outcome = "diverged"
         free_memory()

@@ -149,7 +149,10 @@ class AutoRecipe(_Section):
     learning_rate_factors: tuple[float, ...] = Field((2.0, 0.5), description="beside 1")
     deepest_ratio: float = Field(0.5, gt=0, lt=1, description="of the layers, with max_increase")
     raw_limit: float = Field(0.1, gt=0, description="increase without recovery: the knee")
-    max_transfers: int = Field(8, ge=1)
+    max_steps_factor: int = Field(
+        2, ge=1, description="steps double while it helps, up to this times the recipe's; 1: never"
+    )
+    max_transfers: int = Field(8, ge=1, description="one of twice the steps counts as two")
 
     @model_validator(mode="after")
     def _lists_are_usable(self) -> Self:

@@ -44,7 +44,16 @@ PRUNER_ROOMS = (
     ("criteria", "distillation", "selection", "refit", "local_distillation", "transfer"),
     ("compaction", "sublayer_checkpoint", "windows", "evaluation"),
     ("vllm_process", "probes", "folder_checks", "model_checks", "proof"),
-    ("held_out", "run_folder", "run", "auto_record", "auto_plan", "auto_trials", "auto"),
+    (
+        "held_out",
+        "run_folder",
+        "run",
+        "auto_record",
+        "auto_order",
+        "auto_plan",
+        "auto_trials",
+        "auto",
+    ),
     ("model_card", "pipeline", "api", "interop_cli", "cli"),
 )
 PRUNER_ORDER = tuple(module for room in PRUNER_ROOMS for module in room)

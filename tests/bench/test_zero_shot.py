@@ -26,6 +26,7 @@ from trsp.bench.task_file import read_task_file
 from trsp.bench.zero_shot import load_tasks, zero_shot
 from trsp.bench.zero_shot_cli import tasks as tasks_command
 from trsp.bench.zero_shot_record import (
+    Difference,
     Metric,
     TaskResult,
     paired_differences,
@@ -468,17 +469,42 @@ def test_a_paired_difference_is_of_the_same_samples() -> None:
     assert found.difference == pytest.approx(-0.2)
     assert found.stderr == pytest.approx(math.sqrt(0.4 / 10))
     assert found.beyond is False
-    # Half of 40 lost, none gained, is far beyond; nothing lost is not; one sample cannot tell.
+    # Half of 40 lost, none gained, is far beyond; nothing lost is not.
     (found,) = paired_differences({"t": a_result("0" * 40)}, {"t": a_result("01" * 20)})
     assert found.beyond is True
     (found,) = paired_differences({"t": a_result("01" * 20)}, {"t": a_result("01" * 20)})
     assert (found.beyond, found.stderr, found.difference) == (False, 0, 0)
-    (found,) = paired_differences({"t": a_result("0")}, {"t": a_result("1")})
-    assert (found.beyond, found.stderr) == (None, None)
     with pytest.raises(UserError, match="different documents"):
         paired_differences({"t": a_result("0")}, {"t": a_result("0", documents_sha256="other")})
     with pytest.raises(UserError, match="on one model alone"):
         paired_differences({"t": a_result("0")}, {})
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "same", "p", "beyond"),
+    [
+        (1, 0, 0, 1.0, False),
+        (2, 0, 0, 0.5, False),  # all of a two-item file: its standard error is 0
+        (5, 0, 995, 2 * 0.5**5, False),  # 2.24 standard errors, of items too few to be normal
+        (6, 0, 994, 2 * 0.5**6, True),
+        (0, 6, 0, 2 * 0.5**6, True),
+        (9, 1, 90, 2 * 11 * 0.5**10, True),
+        (8, 2, 90, 2 * 56 * 0.5**10, False),
+    ],
+)
+def test_a_difference_is_beyond_chance_by_the_exact_test(
+    lost: int, gained: int, same: int, p: float, beyond: bool
+) -> None:
+    mine, its = "0" * lost + "1" * gained, "1" * lost + "0" * gained
+    (found,) = paired_differences(
+        {"t": a_result(mine + "1" * same)}, {"t": a_result(its + "1" * same)}
+    )
+    assert (found.lost, found.gained) == (lost, gained)
+    assert found.p == pytest.approx(p)
+    assert found.beyond is beyond
+    assert (found.stderr is None) == (lost + gained + same == 1)
+    before = found.model_dump(exclude={"p"}) | {"beyond": None}
+    assert Difference.model_validate(before).p is None, "a record from before the test is read"
 
 
 Invoke = Callable[[Sequence[Any]], Any]
@@ -532,7 +558,7 @@ def test_the_command_compares_two_models_and_keeps_a_record(
     words += ["--against", pico_llama, "--device", "cpu", "--out", tmp_path / "a" / "tasks.json"]
     done = invoke(words)
     assert done.exit_code == 0, done.output
-    assert "no difference is beyond two standard errors" in done.output
+    assert "no difference is beyond chance (exact test, 5 %)" in done.output
     record = read_zero_shot_record(tmp_path / "a" / "tasks.json")
     assert list(record.model.results) == ["choices.jsonl", "answers.jsonl"]
     assert record.against is not None

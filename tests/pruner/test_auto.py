@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from trsp.bench.cli import app
 from trsp.pruner import api, auto, auto_trials, run
-from trsp.pruner.auto import choose_stable, rank_correlation
+from trsp.pruner.auto_order import choose_stable, losses_without, rank_correlation
 from trsp.pruner.auto_plan import plan_search
 from trsp.pruner.auto_record import AutoRecord, StabilityTrial, console_lines
 from trsp.pruner.auto_trials import Trial
 from trsp.pruner.calibration import CalibrationSet
-from trsp.pruner.checkpoint import open_checkpoint
+from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import Interrupted, RunError, UserError
+from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.held_out import HeldOutLoss, held_out_loss
 from trsp.pruner.recipe import AutoRecipe, Recipe, build_recipe
 from trsp.pruner.token_ids import hash_ids
@@ -33,7 +35,11 @@ SETTINGS = (
     "selection.batch_size=2", "transfer.closing=linear",
     "selection.num_candidates=2", "selection.verification_sequences=4",
     "transfer.steps=4", "transfer.batch_size=2", "transfer.learning_rate=2e-5",
-    "auto.learning_rate_factors=[3.0, 0.3333333333333333]",
+    "auto.learning_rate_factors=[3.0, 0.3333333333333333]", "auto.max_steps_factor=1",
+)  # fmt: skip
+# A search by steps alone, without gates.
+LONGER = (*SETTINGS, "selection.method=masked_loss", "auto.learning_rate_factors=[]",
+    "auto.max_steps_factor=4",
 )  # fmt: skip
 # Any setting of auto turns the search on.
 PLAIN = tuple(setting for setting in SETTINGS if not setting.startswith("auto."))
@@ -65,6 +71,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gate_trainings = 0
         self.transfers: list[tuple[int, float | None]] = []
+        self.steps: list[int] = []
         self.trained: list[Tensor] = []
         for module in (auto, run):
             monkeypatch.setattr(module, "select_layers", self._select(module.select_layers))
@@ -84,6 +91,7 @@ class Spy:
         def transfer(model: Any, input_ids: Tensor, recipe: Any, **options: Any) -> Any:
             self.trained.append(input_ids)
             self.transfers.append((len(options["dropped"]), recipe.learning_rate))
+            self.steps.append(recipe.steps)
             return honest(model, input_ids, recipe, **options)
 
         return transfer
@@ -103,6 +111,7 @@ def test_a_quality_budget_finds_the_planted_layers_and_stops(
     assert open_checkpoint(out).num_hidden_layers == 4
     record = AutoRecord.model_validate(report["auto"])
     assert record.layers == 2
+    assert (len(record.stability), record.order) == (3, None), "gates order the layers"
     assert [point.layers for point in record.curve] == [0, 1, 2, 3]
     assert record.curve[2].raw_ratio == pytest.approx(1, abs=1e-6)
     assert record.curve[3].raw_ratio > 1.01
@@ -111,7 +120,7 @@ def test_a_quality_budget_finds_the_planted_layers_and_stops(
     assert third.ratio is not None
     assert third.ratio > 1.01
     assert {decision.setting for decision in record.decisions} >= {
-        "lambda1", "layers", "learning rate", "lambda2",
+        "lambda1", "layers", "learning rate", "steps", "lambda2",
     }  # fmt: skip
     lines = console_lines(report["auto"])
     assert any("<- chosen" in line and line.split()[1] == "2" for line in lines)
@@ -172,13 +181,15 @@ def test_the_plan_is_what_runs(
     assert plan.proportion == pytest.approx((6 * 16 + stages + 3 * 8) / (stages + 8))
 
 
-def test_without_steps_no_rate_is_tried() -> None:
+def test_without_steps_no_rate_and_no_more_steps_are_tried() -> None:
     recipe = api.recipe_from(data=["text"], settings=["transfer.steps=0"], auto=True, layers=2)
     assert plan_search(recipe, 6).transfers == 1
     made = MadeTrials({1.0: (4.0, 5.0, 6.0, 7.0)})
     search: Any = object.__new__(auto._Search)
     search.asked, search.trials, search.decisions = recipe, made, []
     assert search._by_learning_rate(made.make(2)).factor == 1.0
+    assert search._by_steps(made.make(2)).steps_factor == 1
+    assert search.decisions[-1].reason == "not searched: the refit alone"
 
 
 @pytest.mark.parametrize("max_transfers", [1, 2])
@@ -224,16 +235,18 @@ def test_without_transfer_the_raw_curve_decides(
     assert report["transfer"] is None
 
 
-def shifted(monkeypatch: pytest.MonkeyPatch, by: Callable[[float], float]) -> None:
-    """Add `by(factor)` nats to every held-out loss of a transfer at that factor."""
+def shifted(
+    monkeypatch: pytest.MonkeyPatch, by: Callable[[float], float], *, of: str = "factor"
+) -> None:
+    """Add `by(factor)` nats to every held-out loss of a transfer at that factor `of` it."""
     honest, made, now = auto_trials.held_out_loss, auto_trials.Trials._transfer, {"factor": 1.0}
 
-    def transfer(trials: Any, layers: int, factor: float, *args: Any) -> Any:
-        now["factor"] = factor
-        return made(trials, layers, factor, *args)
+    def transfer(trials: Any, layers: int, factor: float, steps_factor: int, *args: Any) -> Any:
+        now["factor"] = {"factor": factor, "steps_factor": steps_factor}[of]
+        return made(trials, layers, factor, steps_factor, *args)
 
-    def loss(*of: Any) -> HeldOutLoss:
-        return HeldOutLoss(tuple(x + by(now["factor"]) for x in honest(*of).each))
+    def loss(*measured: Any) -> HeldOutLoss:
+        return HeldOutLoss(tuple(x + by(now["factor"]) for x in honest(*measured).each))
 
     monkeypatch.setattr(auto_trials.Trials, "_transfer", transfer)
     monkeypatch.setattr(auto_trials, "held_out_loss", loss)
@@ -304,18 +317,90 @@ def test_a_transfer_that_does_harm_is_warned_of(
     assert any("worse than plain removal" in warning for warning in report["warnings"])
 
 
+def test_more_steps_that_help_are_taken_and_the_run_is_repeatable(
+    planted: Path,
+    tmp_path: Path,
+    words: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4 times the steps are made worst, twice the steps best; it is stopped in the second."""
+    shifted(monkeypatch, lambda times: {1: 0.0, 2: -0.5, 4: 0.5}[int(times)], of="steps_factor")
+    spy = Spy(monkeypatch)
+    out = tmp_path / "out"
+    words["settings"] = LONGER
+    stopper = Stopper("steps x2: transfer", 3, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        api.prune(planted, out, layers=2, progress=stopper, **words)
+    report = api.prune(planted, out, layers=2, resume=True, **words)
+    assert spy.steps == [4, 8, 8, 16], "the second went on, and the first was not made again"
+    plan = plan_search(api.recipe_from(data=["t"], settings=LONGER, auto=True, layers=2), 6)
+    assert (plan.transfers, plan.proportion) == (1 + 2 + 4, 7.0), "a plain run trains 4 steps"
+    assert [trial["steps_factor"] for trial in report["auto"]["transfers"]] == [1, 2, 4]
+    (steps,) = (one for one in report["auto"]["decisions"] if one["setting"] == "steps")
+    assert steps["value"] == "8 (x2)"
+    assert "8 steps " in steps["reason"]
+    assert "(better: -0." in steps["reason"]
+    assert "(worse: +" in steps["reason"]
+    assert "transfer.steps=8" in report["auto"]["settings"]
+    assert len(report["transfer"]["steps"]) == 8
+    training = spy.trained[-1]
+
+    def given(_run: Any, *, resume: bool = False) -> CalibrationSet:
+        return CalibrationSet(training, (), hash_ids(training), 0, False)
+
+    monkeypatch.setattr(run.Run, "calibration", given)
+    plain = {key: value for key, value in words.items() if key != "auto"}
+    plain["settings"] = [s for s in LONGER if not s.startswith("auto.")]
+    plain["settings"] += [s for s in report["auto"]["settings"] if not s.startswith("layers")]
+    api.prune(planted, tmp_path / "plain", **plain, layers=2)
+    assert digest(tmp_path / "plain") == digest(out)
+
+
+def test_more_steps_may_go_deeper(
+    planted: Path, tmp_path: Path, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifted(monkeypatch, lambda times: -0.5 if times > 1 else 0.0, of="steps_factor")
+    words["settings"] = (*LONGER, "auto.max_steps_factor=2")
+    report = api.prune(planted, tmp_path / "out", max_increase=0.01, **words)
+    tried = [(trial["layers"], trial["steps_factor"]) for trial in report["auto"]["transfers"]]
+    assert tried == [(2, 1), (3, 1), (2, 2), (3, 2)], "bisection at the recipe's steps stops at 2"
+    assert report["auto"]["layers"] == 3
+    assert report["auto"]["plan"]["transfers"] == 2 + 2 + 2 * 2, "two depths, twice the steps each"
+    assert "transfer.steps=8" in report["auto"]["settings"]
+
+
+def test_twice_the_steps_count_as_two_of_the_budget(
+    planted: Path, tmp_path: Path, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    words["settings"] = (*LONGER, "auto.max_transfers=2")
+    report = api.prune(planted, tmp_path / "out", layers=2, **words)
+    assert spy.steps == [4]
+    assert report["auto"]["stopped_at_budget"]
+    (steps,) = (one for one in report["auto"]["decisions"] if one["setting"] == "steps")
+    assert steps["value"] == "4 (x1)"
+    assert "the search budget (auto.max_transfers) has no room" in steps["reason"]
+
+
 class MadeTrials:
-    """Transfers whose held-out losses are given, by factor."""
+    """Transfers whose held-out losses are given, by factor, or by steps_factor above 1."""
 
     def __init__(self, losses: dict[float, tuple[float, ...]]) -> None:
         self.losses, self.dropped = losses, list[float]()
 
-    def make(self, layers: int, factor: float = 1.0, *, best: Trial | None = None) -> Trial:
-        loss = HeldOutLoss(self.losses[factor])
-        return Trial(layers, factor, 1e-3 * factor, "finished", None, loss)
+    def make(
+        self,
+        layers: int,
+        factor: float = 1.0,
+        *,
+        steps_factor: int = 1,
+        best: Trial | None = None,
+    ) -> Trial:
+        loss = HeldOutLoss(self.losses[factor if steps_factor == 1 else steps_factor])
+        return Trial(layers, factor, 1e-3 * factor, "finished", None, loss, steps_factor)
 
     def drop(self, trial: Trial) -> None:
-        self.dropped.append(trial.factor)
+        self.dropped.append(trial.factor if trial.steps_factor == 1 else trial.steps_factor)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +423,30 @@ def test_a_rate_wins_by_more_than_the_standard_error(
     best = search._by_learning_rate(made.make(2))
     assert best.factor == winner
     assert sorted([*made.dropped, winner]) == [0.3, 1.0, 3.0], "all others are dropped"
+
+
+@pytest.mark.parametrize(
+    ("twice", "four_times", "winner", "told"),
+    [
+        ((3.9, 5.0, 6.0, 7.0), (0.0, 0.0, 0.0, 0.0), 1, "(a tie: -0.0250"),  # by its error: no
+        ((3.8, 4.9, 5.9, 6.9), (3.7, 4.9, 5.9, 6.9), 2, "(a tie: -0.0250"),
+        ((3.8, 4.9, 5.9, 6.9), (3.5, 4.6, 5.6, 6.6), 4, "not tried (auto.max_steps_factor 4)"),
+        ((4.1, 5.1, 6.1, 7.2), (0.0, 0.0, 0.0, 0.0), 1, "(worse: +0.1250"),
+    ],
+)
+def test_steps_double_while_that_wins_by_more_than_the_standard_error(
+    twice: tuple[float, ...], four_times: tuple[float, ...], winner: int, told: str
+) -> None:
+    made = MadeTrials({1.0: (4.0, 5.0, 6.0, 7.0), 2: twice, 4: four_times})
+    search: Any = object.__new__(auto._Search)
+    search.asked = Recipe(auto=AutoRecipe(max_steps_factor=4))
+    search.trials, search.decisions, search.auto = made, [], search.asked.auto
+    assert search._by_steps(made.make(2)).steps_factor == winner
+    (decision,) = search.decisions
+    assert decision.value == f"{winner * search.asked.transfer.steps} (x{winner})"
+    assert told in decision.reason
+    tried = {1: [1, 2], 2: [1, 2, 4], 4: [1, 2, 4]}[winner]
+    assert sorted([*made.dropped, winner]) == tried, "all others that were made are dropped"
 
 
 def test_another_rate_that_diverges_is_an_answer_and_the_default_a_failure(
@@ -493,6 +602,63 @@ def test_an_order_that_is_noise_is_warned_of(
     assert any("mostly noise" in warning for warning in report["warnings"])
 
 
+def test_losses_without_one_layer_rank_the_planted_ones_lowest(planted: Path) -> None:
+    model = load_model(open_checkpoint(planted), device="cpu")
+    tokens = torch.arange(64).reshape(2, 32) % 50
+    seen: list[tuple[str, int, int]] = []
+    losses = losses_without(model, tokens, [1, 2, 4, 5], 1, lambda *step: seen.append(step))
+    with GatedModel(model, fuse_norms="off") as gated:
+        dense, without = (gated.masked_loss(tokens, removed, 2) for removed in ((), (5,)))
+    assert losses[1:3] == pytest.approx([dense, dense], abs=1e-6)
+    assert losses[3] == pytest.approx(without, abs=1e-6)
+    assert min(abs(losses[0] - dense), abs(losses[3] - dense)) > 1e-5
+    assert seen == [("losses without", done, 4) for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("method", "second"), [("masked_loss", 1), ("block_influence", -1)])
+def test_an_order_by_losses_is_compared_between_halves_of_the_training_text(
+    planted: Path,
+    tmp_path: Path,
+    words: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    second: int,
+) -> None:
+    """The second half's losses are the first one's, or their opposites."""
+    halves: list[Tensor] = []
+    first: list[float] = []
+
+    def losses(model: Any, input_ids: Tensor, layers: Any, *args: Any) -> list[float]:
+        halves.append(input_ids)
+        assert list(layers) == [1, 2, 3, 4, 5], "layer 0 is protected"
+        first[:] = first or losses_without(model, input_ids, layers, *args)
+        return [loss if len(halves) == 1 else second * loss for loss in first]
+
+    monkeypatch.setattr(auto, "losses_without", losses)
+    words["settings"] = (*SETTINGS, f"selection.method={method}", "transfer.enabled=false")
+    stopper = Stopper("quality by depth", 1, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        api.prune(planted, tmp_path / "out", layers=1, progress=stopper, **words)
+    report = api.prune(planted, tmp_path / "out", layers=1, resume=True, **words)
+    assert [len(half) for half in halves] == [4, 4], "once each, verification_sequences of 6"
+    rows = [{tuple(row) for row in half.tolist()} for half in halves]
+    assert rows[0].isdisjoint(rows[1])
+    record = AutoRecord.model_validate(report["auto"])
+    assert record.order is not None
+    assert record.order.correlation == pytest.approx(second)
+    line = f"order: two halves of the text agree with rank correlation {second:.2f}"
+    assert sum(line in told for told in console_lines(report["auto"])) == 1
+    noisy = [told for told in report["warnings"] if "mostly noise" in told]
+    assert len(noisy) == (second < 0)
+    assert all("selection.verification_sequences" in told for told in noisy)
+    notes = json.loads((tmp_path / "out.run" / "auto.json").read_text())["done"]
+    spent = sum(entry["cost"]["seconds"] for entry in notes.values())
+    assert {f"losses without, half {half}" for half in (1, 2)} <= set(notes)
+    assert report["auto"]["seconds"] == pytest.approx(spent)
+    del report["auto"]["order"]
+    assert AutoRecord.model_validate(report["auto"]).order is None, "as before it was measured"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -507,6 +673,7 @@ def test_an_order_that_is_noise_is_warned_of(
         ({"settings": (*SETTINGS, "calibration.num_sequences=7")}, "held out"),
         ({"settings": (*SETTINGS, "auto.held_out=0.9")}, "held out"),
         ({"settings": (*SETTINGS, "auto.max_transfers=0")}, "max_transfers"),
+        ({"settings": (*SETTINGS, "auto.max_steps_factor=0")}, "max_steps_factor"),
         ({"settings": (*SETTINGS, "auto.learning_rate_factors=[0]")}, "above 0"),
         ({"settings": (*SETTINGS, "auto.lambda1=[-1]")}, "below 0"),
         ({"layers": 6}, "not pruning"),
@@ -558,7 +725,7 @@ def test_the_command_says_the_plan_before_and_why_after(
     ]  # fmt: skip
     dry = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert dry.exit_code == 0, dry.output
-    planned = "at most 9 gate trainings (a plain run: 3) and 6 transfers (a plain run: 1)"
+    planned = "at most 9 gate trainings (a plain run: 3) and 6 transfers (a plain run: 1;"
     assert planned in dry.stdout
     assert "4 of 16 sequences are held out" in dry.stdout
     assert list(tmp_path.iterdir()) == []
