@@ -33,16 +33,25 @@ TRAINED = (
     "paper_output_gates+penalty",
 )  # fmt: skip
 # Without: refit (distil), teacher (refit_finetune), chosen layers (random), verification, rounds;
-# with: gates that close in training, with and without the penalty, or never.
+# with: gates that close in training, with and without the penalty, or never; half of the loss by
+# the text's own tokens.
 ABLATION = (
     "trsp+transfer", "trsp+distil", "trsp+refit_finetune", "random+transfer",
     "gates_unverified+transfer", "gates_one_shot+transfer", "trsp+linear",
-    "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil",
+    "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil", "trsp+half_labels",
 )  # fmt: skip
 
 # Part of the layers that goes: the curve of what is cheap, two points of what trains.
 CURVE_RATIOS = (0.125, 0.25, 0.375, 0.5)
 TABLE_RATIOS = (0.25, 0.5)
+
+# Settings that options of this command say instead; depths are those of the tables.
+SETTINGS_BY_OPTION = {
+    "seed": ("--seeds",),
+    "evaluation.data": ("--eval-data",),
+    "evaluation.window": ("--window",),
+    "evaluation.max_tokens": ("--max-tokens",),
+}
 
 RECORD_NAME = "compare.json"
 MAX_TRAIN_RECORD_BYTES = 16 << 20
@@ -185,8 +194,10 @@ def check_plan(plan: Plan) -> None:
     """
     from trsp.bench.base_model import HEAD_DIM
     from trsp.bench.compare_methods import parse_method
+    from trsp.bench.compare_settings import check_settings
     from trsp.pruner.text_checks import refuse_same_files
 
+    check_settings(plan.recipe(), plan.settings, (), SETTINGS_BY_OPTION)
     for paths in plan.eval_data.values():
         refuse_same_files(plan.data, paths, remedy="name other files with --eval-data")
     if plan.profile.hidden_size % HEAD_DIM:

@@ -31,6 +31,7 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap
 from trsp.pruner.recipe import Recipe
 from trsp.pruner.run import base_model_of
+from trsp.pruner.sampling import batch_indices
 
 SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning
 window river asked burned seen gone kept the a of in and nobody everyone never always"""
@@ -304,6 +305,24 @@ def test_the_command_shows_tables_and_leaves_a_record(
         (("--eval-data", "far"), "NAME=PATH"),
         (("--set", "transfer.steps=-1"), "transfer.steps"),
         (("--set", "transfer.steps=0"), "no steps with closing"),
+        (("--seed", "-1"), "--seed -1 is not within 0 and 2147483647"),
+        (("--seed", str(2**31)), "--seed 2147483648 is not within"),
+        (("--seed", "10000000000000000"), "is not within"),
+        (("--seed", "1", "--seed", "0", "--seed", "1"), "--seed 1 is given twice"),
+        (("--set", "layers=2"), "--set layers=2 has no effect on a comparison: use --layers or"),
+        (("--layers", "2", "--set", "layers=3"), "--set layers=3 has no effect"),
+        (("--set", "ratio=0.5"), "ratio=0.5 has no effect on a comparison: use --ratio or"),
+        (("--set", "keep=[0, 5]"), "keep=[0,5] has no effect on a comparison: use --layers or"),
+        (("--set", "seed=3"), "seed=3 has no effect on a comparison: use --seed"),
+        (("--set", f"seed={2**31}"), "seed: Input should be less than"),
+        (("--set", "evaluation.window=64"), "evaluation.window=64 has no effect on a comparison:"),
+        (("--set", "evaluation={max_tokens: 64}"), "evaluation.max_tokens=64 has no effect"),
+        (("--set", "evaluation.data=[a.txt]"), "[a.txt] has no effect on a comparison: use --eval"),
+        (("--set", "evaluation.stride=16"), "evaluation.stride=16 has no effect"),
+        (("--set", "evaluation.allow_overlap=true"), "allow_overlap=true has no effect"),
+        (("--set", "transfer.enabled=false"), "transfer.enabled=false has no effect"),
+        (("--set", "auto.max_transfers=2"), "auto={...} has no effect"),
+        (("--set", "state_every_seconds=1"), "state_every_seconds=1.0 has no effect"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(
@@ -313,6 +332,65 @@ def test_mistakes_are_found_before_anything_runs(
     assert result.exit_code == 2
     assert problem in result.output
     assert not (tmp_path / "out" / "compare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "option"),
+    [
+        ({"ratio": 0.5}, ("--layers", "2")),
+        ({"keep": [0, 1, 2, 5]}, ("--ratio", "0.34")),
+        ({"seed": 7}, ("--seed", "7")),
+        ({"evaluation": {"window": 64}}, ("--window", "32")),
+        ({"evaluation": {"max_tokens": 64}}, ("--max-tokens", "64")),
+        ({"transfer": {"enabled": False}}, None),
+        ({"evaluation": {"stride": 16}}, None),
+        ({"auto": {"max_transfers": 2}}, None),
+    ],
+)
+def test_what_a_recipe_carries_beside_a_comparisons_settings_is_never_passed_over(
+    texts: dict[str, Path],
+    tmp_path: Path,
+    section: dict[str, Any],
+    option: tuple[str, str] | None,
+) -> None:
+    """Refused where an option says it, but not with that option; told where none does."""
+    recipe, absent = tmp_path / "recipe.yaml", tmp_path / "absent"
+    recipe.write_text(json.dumps({"calibration": {"data": [str(texts["train"])]}, **section}))
+    words = ["compare", str(absent), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    (name, value), *_ = section.items()
+    if isinstance(value, dict):
+        name = f"{name}.{next(iter(value))}" if name != "auto" else name
+    alone = CliRunner().invoke(app, words)
+    assert alone.exit_code == 2
+    assert f"the recipe's {name}=" in alone.stderr
+    if option is None:
+        assert alone.stderr.startswith("note: the recipe's")
+        assert "absent" in alone.stderr.splitlines()[-1], "it went on to the model"
+        return
+    assert alone.stderr.startswith("error: the recipe's")
+    assert option[0] in alone.stderr
+    both = CliRunner().invoke(app, [*words, *option])
+    assert "the recipe's" not in both.stderr
+    assert "absent" in both.stderr
+
+
+def test_a_recipes_calibration_text_is_used_where_no_data_is_given(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    calibration = {"data": [str(texts["train"])], "num_sequences": 8, "sequence_length": 16}
+    recipe.write_text(json.dumps({"device": "cpu", "calibration": calibration}))
+    words = ["compare", str(pico_llama), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    words += ["--eval-data", f"near={texts['near']}", "--window", "32", "--method", "last"]
+    result = CliRunner().invoke(app, [*words, "--layers", "1", "--seed", str(2**31 - 1)])
+    assert result.exit_code == 0, result.output
+    record = read_compare_record(tmp_path / "out" / "compare.json")
+    assert record.calibrations[str(2**31 - 1)]["source"] == [str(texts["train"])]
+
+
+def test_the_largest_seed_orders_the_batches() -> None:
+    wanted = {"num_sequences": 4, "batch_size": 4, "seed": 2**31 - 1}
+    assert sorted(batch_indices(10**6, **wanted)) == [0, 1, 2, 3]
 
 
 def test_a_refit_that_could_not_be_is_said(

@@ -229,6 +229,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     [
         (("--set", "transfer.batch_size=0"), "transfer.batch_size"),
         (("--set", "selection.protected=[9]"), "names layer 9"),
+        (("--set", "layers=2"), "--set layers=2 has no effect on a comparison: leave it out"),
+        (("--set", "evaluation.window=32"), "no effect on a comparison: use --window"),
+        (("--set", "transfer.enabled=false"), "transfer.enabled=false has no effect"),
         (("--eval-data", "far"), "NAME=PATH"),
         (("--eval-data", "more=absent.txt"), "absent.txt: does not exist"),
         (("--minutes", "3"), "as --minutes above 0, or as --steps"),
@@ -272,6 +275,7 @@ def test_the_lists_name_methods_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(parse_method(name).recovery for name in (*reproduce.TRAINED, *reproduce.ABLATION))
     alone = {name for name in DEFAULT_METHODS if parse_method(name).recovery is None}
     assert alone <= set(reproduce.SELECTIONS)
+    assert "trsp+half_labels" in reproduce.ABLATION
 
 
 @pytest.mark.parametrize(("device", "millions"), [("cpu", (10, 12)), ("cuda", (100, 350))])
