@@ -135,6 +135,8 @@ def compare(
         for record in run_compare(options, progress):
             write_compare_record(out / RECORD_NAME, record)
     assert record is not None, "there is at least one method, depth and seed"
+    for warning in record.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
     else:

@@ -259,15 +259,38 @@ def domain_warnings(
             f"(above {MAX_BITS_PER_BYTE} it hardly knows such text): which layers matter for its "
             "own text cannot be learned from this; give text of the kind it was trained on"
         )
-    if calibration is not None and held_out is not None:
-        low, high = sorted((calibration, held_out))
-        if high > MAX_BITS_RATIO * low:
-            warnings.append(
-                f"calibration and held-out text are of different kinds: the dense model needs "
-                f"{calibration:.2f} bits per byte of the one and {held_out:.2f} of the other; the "
-                "perplexities are out of domain"
-            )
-    return warnings
+    return warnings + kind_warnings(calibration, held_out)
+
+
+def kind_warnings(
+    calibration: float | None, held_out: float | None, *, name: str = "held-out text"
+) -> list[str]:
+    """That calibration and held-out text, called `name`, are of different kinds, if they are.
+
+    Args:
+        calibration, held_out: the dense model's losses on them, bits per byte; None: unknown.
+    """
+    if calibration is None or held_out is None:
+        return []
+    low, high = sorted((calibration, held_out))
+    if high <= MAX_BITS_RATIO * low:
+        return []
+    return [
+        f"calibration and {name} are of different kinds: the dense model needs {calibration:.2f} "
+        f"bits per byte of the one and {held_out:.2f} of the other; the perplexities are out of "
+        "domain"
+    ]
+
+
+def unknown_text_warnings(held_out: float | None, *, name: str = "held-out text") -> list[str]:
+    """That the dense model, by its loss in bits per byte, hardly knows text such as `name`."""
+    if held_out is None or held_out <= MAX_BITS_PER_BYTE:
+        return []
+    return [
+        f"the dense model needs {held_out:.2f} bits per byte of {name} (above {MAX_BITS_PER_BYTE} "
+        "it hardly knows such text): what pruning lost on it says little of the model's own text; "
+        "give text of the kind it was trained on"
+    ]
 
 
 def _hash_ngrams(ids: Tensor, n: int) -> _Hashes:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,11 +22,11 @@ from trsp.bench.cli import app
 from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.token_losses import TokenLosses, compare_tokens
-from trsp.pruner.api import compact
+from trsp.pruner.api import compact, prune
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
-from trsp.pruner.layer_map import LayerMap
+from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.run import base_model_of
 from trsp.pruner.windows import cut_windows
 
@@ -380,6 +381,102 @@ def test_the_gate(
     assert record.passed is not bool(code)
     assert record.criteria == {"perplexity_ratio": float(limit), "domains": {}}
     assert record.criteria_sha256 is not None
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    pico_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A model pruned by `trsp prune`, and the file that it learned from."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "texts").mkdir()
+    data = shutil.copy(text_file, folder / "texts" / "data.txt")
+    settings = ("calibration.num_sequences=8", "calibration.sequence_length=32",
+                "selection.method=block_influence", "transfer.enabled=false")  # fmt: skip
+    prune(
+        pico_llama, folder / "out", data=[folder / "texts"], layers=1, settings=settings, vllm="off"
+    )
+    return folder / "out", data
+
+
+@pytest.mark.parametrize("way", ["same file", "copy"])
+def test_the_text_that_was_calibrated_on_is_refused(
+    way: str, pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    pruned, data = calibrated
+    if way == "copy":
+        data = shutil.copy(data, tmp_path / "another.txt")
+    words = ("--data", f"mine={held_out_file}", "--data", f"theirs={data}")
+    found = run(str(pico_llama), str(pruned), *words)
+    assert found.exit_code == 2
+    message = " ".join(f"{found.exception} {found.stderr}".split())
+    assert f"the held-out text {data}" in message
+    assert "calibration text" in message
+    assert "name other files with --data" in message
+
+
+def test_calibration_text_that_is_not_there_any_more_is_not_judged(
+    pico_llama: Path, calibrated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The layer map's paths lead nowhere, or it has none; the rest of the folder is the same."""
+    pruned, data = calibrated
+    moved = tmp_path / "moved.txt"
+    shutil.copy(data, moved)
+    layer_map = read_layer_map(pruned / "layer_map.json")
+    assert layer_map.calibration is not None
+    for source in ([str(tmp_path / "gone")], ["self"], 3, None):
+        folder = tmp_path / f"pruned-{source}".replace("/", "-")
+        shutil.copytree(pruned, folder)
+        about = {**layer_map.calibration, "source": source}
+        write_layer_map(replace(layer_map, calibration=about), folder / "layer_map.json")
+        assert audit(options(pico_llama, folder, moved, prompts=0)).domains
+    (folder / "layer_map.json").unlink()
+    assert audit(options(pico_llama, folder, moved, prompts=0)).domains
+
+
+def test_text_that_the_dense_model_hardly_knows_is_warned_of(
+    pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    chance, digits = random.Random(0), tmp_path / "digits.txt"
+    digits.write_text("".join(chance.choice("0123456789abcdef") for _ in range(2000)))
+    found = run(
+        str(pico_llama), str(calibrated[0]), "--data", f"known={held_out_file}",
+        "--data", f"hex={digits}", "--window", "32", "--prompts", "0", "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    record = json.loads(found.stdout)
+    known, of_hex = (domain["bits_per_byte"] for domain in record["domains"])
+    assert known < 2.5 < of_hex
+    assert len(record["warnings"]) == 1 + (of_hex > 1.6 * known)
+    unknown = record["warnings"][0]
+    assert unknown.startswith(f"the dense model needs {of_hex:.2f} bits per byte of the text hex")
+    for warning in record["warnings"]:
+        assert f"warning: {warning}" in found.stderr
+
+
+def test_text_of_another_kind_than_the_calibration_text_is_warned_of(
+    pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    """By what the folder's report says of that text; without a report nothing is said."""
+    folder = tmp_path / "pruned"
+    shutil.copytree(calibrated[0], folder)
+    path = folder / "trsp_report.json"
+    report = json.loads(path.read_text())
+    assert audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings == []
+    report["texts"]["bits_per_byte"]["calibration"] = 99.0
+    path.write_text(json.dumps(report))
+    (warning,) = audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings
+    assert warning.startswith("calibration and the text held are of different kinds")
+    for content in (json.dumps({"texts": 1}), json.dumps({"texts": {"bits_per_byte": {}}}), None):
+        path.unlink() if content is None else path.write_text(content)
+        assert audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings == []
+
+
+def test_audits_of_before_the_texts_were_judged_are_read() -> None:
+    records = sorted((Path(__file__).resolve().parents[2] / "bench/records").glob("audit-*.json"))
+    assert len(records) >= 2
+    for path in records:
+        assert read_audit_record(path).warnings == []
 
 
 @pytest.mark.parametrize(
