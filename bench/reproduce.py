@@ -237,12 +237,29 @@ def read_base(plan: Plan) -> dict[str, Any]:
     ]
     if minutes is not None and not _took(record, minutes):
         different.append(f"minutes are {minutes:g} here and not what that training took")
+    different += _other_texts(plan, record.get("text_sha256"))
     if different:
         raise UserError(
             f"{plan.base}: is another base model: {'; '.join(different)}; name another --out, or "
             "ask for that model"
         )
     return record
+
+
+def _other_texts(plan: Plan, there: list[str] | None) -> list[str]:
+    """Which text files hold something else than those of the record; older ones have no hashes."""
+    from trsp.pruner.text_files import hash_text_file
+
+    if there is None:
+        return []
+    here = [hash_text_file(path) for path in plan.data]
+    if len(here) != len(there):
+        return []  # their names differ too
+    return [
+        f"{path} has the sha256 {new[:12]} and the text of that name there {old[:12]}"
+        for path, old, new in zip(plan.data, there, here, strict=True)
+        if old != new
+    ]
 
 
 def _took(record: dict[str, Any], minutes: float) -> bool:

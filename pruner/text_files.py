@@ -8,6 +8,7 @@ nothing is written to a cache.
 
 import codecs
 import gzip
+import hashlib
 import json
 import lzma
 import shutil
@@ -130,6 +131,23 @@ def unpacked_blocks(path: Path, block_bytes: int = _CHUNK_BYTES) -> Generator[by
                     yield block
     except _BROKEN_COMPRESSION as error:
         raise TextError(f"{path}: the compressed data is broken: {error}") from error
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def hash_text_file(path: Path) -> str:
+    """sha256 (hex) of a file as it lies on disk; of a folder, over its files' names and hashes.
+
+    Raises:
+        TextError: as find_files, or the file cannot be read.
+    """
+    files = find_files([path])
+    if path.is_dir():
+        lines = (f"{hash_text_file(file)}  {file.relative_to(path)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -1,8 +1,10 @@
 """From text to tables in one command, which goes on where it was stopped."""
 
+import hashlib
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +201,31 @@ def test_another_base_model_in_the_folder_is_refused(
         assert result.exit_code == 2
         assert problem in result.stderr
         assert "name another --out" in result.stderr
+
+
+def test_another_text_of_the_same_name_is_another_base_model(
+    texts: dict[str, Path], tmp_path: Path, done: tuple[Path, Result], nothing_new: None
+) -> None:
+    """By the hash in the record; an older record without one is known by the names alone."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    moved = {**texts, "train": folder / "train.txt"}
+    content = texts["train"].read_text()
+    moved["train"].write_text(content)
+    out = tmp_path / "out"
+    shutil.copytree(done[0] / "base", out / "base")
+    assert run([*words(moved, out), "--dry-run"]).exit_code == 0
+    moved["train"].write_text(content.replace("captain", "sailors"))
+    for more in ([], ["--dry-run"]):
+        result = run([*words(moved, out), *more])
+        assert result.exit_code == 2
+        assert "train.txt has the sha256 " in result.stderr
+        assert "name another --out" in result.stderr
+    path = out / "base" / "train_record.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert record.pop("text_sha256") == [hashlib.sha256(content.encode()).hexdigest()]
+    path.write_text(json.dumps(record))
+    assert run([*words(moved, out), "--dry-run"]).exit_code == 0
 
 
 def test_a_training_by_the_clock_is_known_again() -> None:
