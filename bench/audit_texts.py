@@ -8,7 +8,7 @@ from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.layer_map import read_layer_map
 from trsp.pruner.self_text import SELF
 from trsp.pruner.text_checks import kind_warnings, refuse_same_files, unknown_text_warnings
-from trsp.pruner.text_files import TextError, find_files
+from trsp.pruner.text_files import TextError, find_files, unpacked_blocks
 
 _LAYER_MAP_NAME = "layer_map.json"
 _REPORT_NAME = "trsp_report.json"
@@ -19,11 +19,11 @@ _REMEDY = "name other files with --data"
 def refuse_calibration_text(pruned: Path, data: Mapping[str, Sequence[Path]]) -> None:
     """Refuse text that the pruned model learned from, as far as its folder and the disk tell.
 
-    The layer map has the paths as they were given to `trsp prune`; what is not there any more,
-    seen from here, is not compared.
+    The layer map has the paths as they were given to `trsp prune`. What cannot be read here is
+    not compared, and no relative path where the report does not tell the folder it starts from.
 
     Raises:
-        UserError: a text is calibration text, by place or content; the layer map is broken.
+        UserError: a text is calibration text, by place or content; layer map or report is broken.
     """
     sources = _calibration_files(pruned)
     for paths in data.values() if sources else ():
@@ -49,27 +49,47 @@ def calibration_bits(pruned: Path) -> float | None:
     Raises:
         UserError: the report is no JSON object.
     """
-    path = pruned / _REPORT_NAME
-    if not path.is_file():
-        return None
-    found: Any = read_json_object(path, max_bytes=_MAX_REPORT_BYTES)
+    found: Any = _report(pruned)
     for key in ("texts", "bits_per_byte", "calibration"):
         found = found.get(key) if isinstance(found, dict) else None
     return float(found) if isinstance(found, int | float) else None
 
 
+def _report(pruned: Path) -> dict[str, Any]:
+    path = pruned / _REPORT_NAME
+    return read_json_object(path, max_bytes=_MAX_REPORT_BYTES) if path.is_file() else {}
+
+
 def _calibration_files(pruned: Path) -> list[Path]:
-    """The calibration files that the layer map names and that are there."""
+    """The calibration files that the layer map names and that can be read here."""
     path = pruned / _LAYER_MAP_NAME
     if not path.is_file():
         return []
     named = (read_layer_map(path, sublayers=True).calibration or {}).get("source")
     if not isinstance(named, list) or named == [SELF]:
         return []
+    start = _working_folder(pruned)
     files: list[Path] = []
-    for source in named:
-        try:
-            files += find_files([str(source)])
-        except TextError:
+    for source in map(str, named):
+        if start is None and not Path(source).is_absolute():
             continue
+        try:
+            found = find_files([(start or Path()) / source])
+            for file in found:
+                next(unpacked_blocks(file, 1), b"")
+        except (TextError, OSError):
+            continue
+        files += found
     return files
+
+
+def _working_folder(pruned: Path) -> Path | None:
+    """Where `trsp prune` ran: the pruned folder's place less the --out that the report has."""
+    out = _report(pruned).get("out")
+    place = pruned.resolve().parts
+    if not isinstance(out, str) or Path(out).is_absolute():
+        return None
+    parts = Path(out).parts
+    if not parts or ".." in parts or place[-len(parts) :] != parts:
+        return None
+    return Path(*place[: -len(parts)])

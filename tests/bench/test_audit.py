@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from trsp.bench.audit import AuditOptions, audit, frequency_bands, summarize
 from trsp.bench.audit_cli import generation_lines
 from trsp.bench.audit_record import AuditRecord, Domain, Sums, read_audit_record
+from trsp.bench.audit_texts import calibration_bits, refuse_calibration_text
 from trsp.bench.cli import app
 from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
@@ -415,23 +417,56 @@ def test_the_text_that_was_calibrated_on_is_refused(
     assert "name other files with --data" in message
 
 
+@pytest.fixture
+def told_of(calibrated: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder `runs/out` of a layer map with those sources, and of a report."""
+    whole = read_layer_map(calibrated[0] / "layer_map.json")
+    assert whole.calibration is not None
+
+    def make(source: Any, report: dict[str, Any] | None = None) -> Path:
+        folder = tmp_path / "runs" / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {**(whole.calibration or {}), "source": source}
+        write_layer_map(replace(whole, calibration=about), folder / "layer_map.json")
+        (folder / "trsp_report.json").write_text(json.dumps(report or {}))
+        return folder
+
+    return make
+
+
 def test_calibration_text_that_is_not_there_any_more_is_not_judged(
-    pico_llama: Path, calibrated: tuple[Path, Path], tmp_path: Path
+    told_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The layer map's paths lead nowhere, or it has none; the rest of the folder is the same."""
-    pruned, data = calibrated
     moved = tmp_path / "moved.txt"
-    shutil.copy(data, moved)
-    layer_map = read_layer_map(pruned / "layer_map.json")
-    assert layer_map.calibration is not None
-    for source in ([str(tmp_path / "gone")], ["self"], 3, None):
-        folder = tmp_path / f"pruned-{source}".replace("/", "-")
-        shutil.copytree(pruned, folder)
-        about = {**layer_map.calibration, "source": source}
-        write_layer_map(replace(layer_map, calibration=about), folder / "layer_map.json")
-        assert audit(options(pico_llama, folder, moved, prompts=0)).domains
-    (folder / "layer_map.json").unlink()
-    assert audit(options(pico_llama, folder, moved, prompts=0)).domains
+    moved.write_text("one two three")
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(told_of([str(tmp_path / "gone"), str(moved)]), {"a": [moved]})
+    unreadable = [tmp_path / "odd.pdf", tmp_path / "broken.txt.xz", tmp_path / "gone"]
+    for path in unreadable[:2]:
+        path.write_bytes(b"no text")
+    for source in (list(map(str, unreadable)), ["self"], 3):
+        refuse_calibration_text(told_of(source), {"a": [moved]})
+    (told_of([str(moved)]) / "layer_map.json").unlink()
+    refuse_calibration_text(tmp_path / "runs" / "out", {"a": [moved]})
+
+
+def test_a_relative_path_starts_where_the_model_was_pruned(
+    told_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of that name in the folder of the audit is another one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    here, there = Path("train.txt"), tmp_path / "train.txt"
+    here.write_text("another text")
+    there.write_text("the calibration text")
+    folder = told_of(["train.txt"], {"out": "runs/out"})
+    refuse_calibration_text(folder, {"a": [here]})
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(folder, {"a": [here], "b": [there]})
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(Path("../runs/out"), {"b": [there]})
+    for out in ("elsewhere/out", str(folder), "../out", ".", 3):
+        refuse_calibration_text(told_of(["train.txt"], {"out": out}), {"a": [here], "b": [there]})
 
 
 def test_text_that_the_dense_model_hardly_knows_is_warned_of(
@@ -458,18 +493,18 @@ def test_text_of_another_kind_than_the_calibration_text_is_warned_of(
     pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
 ) -> None:
     """By what the folder's report says of that text; without a report nothing is said."""
-    folder = tmp_path / "pruned"
-    shutil.copytree(calibrated[0], folder)
-    path = folder / "trsp_report.json"
-    report = json.loads(path.read_text())
-    assert audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings == []
+    path = tmp_path / "trsp_report.json"
+    report = json.loads((calibrated[0] / path.name).read_text())
     report["texts"]["bits_per_byte"]["calibration"] = 99.0
+    shutil.copytree(calibrated[0], tmp_path, dirs_exist_ok=True)
     path.write_text(json.dumps(report))
-    (warning,) = audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings
+    (warning,) = audit(options(pico_llama, tmp_path, held_out_file, prompts=0)).warnings
     assert warning.startswith("calibration and the text held are of different kinds")
-    for content in (json.dumps({"texts": 1}), json.dumps({"texts": {"bits_per_byte": {}}}), None):
-        path.unlink() if content is None else path.write_text(content)
-        assert audit(options(pico_llama, folder, held_out_file, prompts=0)).warnings == []
+    for content in ({"texts": 1}, {"texts": {"bits_per_byte": {"calibration": None}}}, {}):
+        path.write_text(json.dumps(content))
+        assert calibration_bits(tmp_path) is None
+    path.unlink()
+    assert calibration_bits(tmp_path) is None
 
 
 def test_audits_of_before_the_texts_were_judged_are_read() -> None:
