@@ -127,6 +127,9 @@ def test_one_command_goes_from_text_to_tables(done: tuple[Path, Result]) -> None
     assert "### 2 of 4 layers gone (50.0%)\n" in tables
     last = next(cell for cell in cells(out, "selections") if cell.num_removed == 2)
     assert f"| {sized(last.quality['far'].perplexity)} |" in tables
+    warnings = read_compare_record(out / "trained" / "compare.json").warnings
+    assert len(warnings) == 1, "no text is known to a model of 4 steps"
+    assert tables.count(f"- Warning: {warnings[0]}.\n") == 3
     record = json.loads((out / "base" / "train_record.json").read_text())
     assert f"to a loss of {record['final_loss']:.3f}" in tables
 
