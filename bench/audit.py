@@ -28,6 +28,7 @@ from trsp.bench.audit_record import (
     Losses,
     Sums,
 )
+from trsp.bench.audit_texts import audit_warnings, calibration_bits, refuse_calibration_text
 from trsp.bench.generation_checks import Models, check_sums, measure_generation
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.record import environment
@@ -43,6 +44,7 @@ from trsp.pruner.checkpoint import (
 from trsp.pruner.errors import UserError
 from trsp.pruner.evaluation import exp_loss
 from trsp.pruner.progress import Progress, silent
+from trsp.pruner.text_checks import bits_per_byte, bytes_per_token
 from trsp.pruner.token_ids import hash_tokenizer
 from trsp.pruner.windows import Windows, cut_windows
 
@@ -89,13 +91,16 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
     """Measure both models on every domain, and judge by the acceptance file where there is one.
 
     Raises:
-        UserError: a model, text or acceptance file that cannot be used; two tokenizers.
+        UserError: a model, text or acceptance file that cannot be used; two tokenizers; text that
+            the pruned model was calibrated on.
         RunError: a loss is not finite.
     """
     _check(options)
     criteria = None
     if options.accept is not None:
         criteria, digest = read_criteria(options.accept, list(options.data))
+    refuse_calibration_text(options.pruned, options.data)
+    known_bits = calibration_bits(options.pruned)
     checkpoints = [
         open_checkpoint(folder, trust_remote_code=options.trust_remote_code)
         for folder in (options.dense, options.pruned)
@@ -128,6 +133,7 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         outcomes=outcomes,
         passed=all(outcome.passed for outcome in outcomes) if outcomes else None,
         environment=environment(),
+        warnings=audit_warnings({one.name: one.bits_per_byte for one in domains}, known_bits),
     )
 
 
@@ -225,6 +231,7 @@ def _domain(
         greedy=greedy,
         examples=_examples(rows, windows, tokenizer, options.examples),
         generation=generation,
+        bits_per_byte=bits_per_byte(losses.dense, bytes_per_token(tokenizer, windows.ids)),
     )
 
 

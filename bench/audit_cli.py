@@ -75,6 +75,8 @@ def audit(
         record = run_audit(options, progress)
     if out is not None:
         write_audit_record(out, record)
+    for warning in record.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
     else:

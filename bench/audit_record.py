@@ -229,6 +229,8 @@ class Domain(_Frozen):
     examples: list[Example]
     # Records of before these checks lack it.
     generation: Generation | None = None
+    # The dense model's; None also in older records.
+    bits_per_byte: float | None = None
 
 
 class Outcome(_Frozen):
@@ -252,6 +254,7 @@ class AuditRecord(_Frozen):
         criteria: the acceptance file as it was read, and its sha256; None without one.
         passed: whether every criterion was met; None without any.
         environment: see `record.environment`.
+        warnings: what speaks against the texts.
     """
 
     schema_version: Literal[1] = 1
@@ -264,6 +267,7 @@ class AuditRecord(_Frozen):
     outcomes: list[Outcome]
     passed: bool | None
     environment: dict[str, Any]
+    warnings: list[str] = []
 
 
 def read_audit_record(path: Path) -> AuditRecord:

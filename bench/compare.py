@@ -11,8 +11,9 @@ import torch
 from trsp.bench.compare_bench import CELLS_VERSION, Bench, CompareOptions
 from trsp.bench.compare_calibration import read_calibrations, written_calibrations
 from trsp.bench.compare_cells import make_cell
-from trsp.bench.compare_record import Cell, CompareRecord, DenseModel
+from trsp.bench.compare_record import Cell, CompareRecord, DenseModel, TextFitness
 from trsp.bench.compare_tasks import CompareTasks
+from trsp.bench.compare_texts import REMEDY, TextsOfComparison
 from trsp.bench.domain_quality import DomainQuality
 from trsp.bench.record import environment
 from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint, sample_weights
@@ -20,10 +21,8 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.progress import Progress, silent
 from trsp.pruner.run import resolve_device
 from trsp.pruner.self_text import is_self
-from trsp.pruner.text_checks import refuse_same_files, require_no_overlap
+from trsp.pruner.text_checks import refuse_same_files
 from trsp.pruner.windows import cut_windows
-
-_REMEDY = "name other files with --eval-data"
 
 
 def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterator[CompareRecord]:
@@ -33,7 +32,7 @@ def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterato
         UserError: a model or text that cannot be used, or layers that cannot be taken.
         RunError: a loss is not finite.
     """
-    bench, dense = _prepare(options, progress)
+    bench, dense, fitness = _prepare(options, progress)
     wanted = [
         (method, count, seed)
         for seed in options.seeds
@@ -56,10 +55,11 @@ def run_compare(options: CompareOptions, progress: Progress = silent) -> Iterato
             cells=tuple(cells),
             complete=number == len(wanted),
             environment=here,
+            fitness=fitness,
         )
 
 
-def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseModel]:
+def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseModel, TextFitness]:
     """Read model and texts, run the dense model over them."""
     trust = options.trust_remote_code
     checkpoint = open_checkpoint(options.model, trust_remote_code=trust)
@@ -79,7 +79,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseM
     writes_text = is_self(recipe.calibration.data)
     for paths in options.eval_data.values():
         texts_apart = () if writes_text else recipe.calibration.data
-        refuse_same_files(texts_apart, [str(path) for path in paths], remedy=_REMEDY)
+        refuse_same_files(texts_apart, [str(path) for path in paths], remedy=REMEDY)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust)
     calibrations = (
         {} if writes_text else read_calibrations(checkpoint, tokenizer, recipe, seeds, progress)
@@ -94,6 +94,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseM
         calibrations = written_calibrations(
             options.folder / "done", checkpoint, tokenizer, model, recipe, seeds, progress
         )
+    checked = TextsOfComparison(tokenizer, calibrations, own_text=writes_text)
     texts = {}
     for name, paths in options.eval_data.items():
         windows = cut_windows(
@@ -106,14 +107,7 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseM
             text_field=recipe.calibration.text_field,
             progress=progress,
         )
-        for calibration in () if writes_text else calibrations.values():
-            require_no_overlap(
-                calibration.input_ids,
-                windows.ids,
-                tokenizer,
-                held_out=f"the text {name}",
-                remedy=_REMEDY,
-            )
+        checked.add(name, windows.ids)
         texts[name] = DomainQuality(model, windows, progress)
     identity = {
         "weights": sample_weights(checkpoint),
@@ -133,4 +127,5 @@ def _prepare(options: CompareOptions, progress: Progress) -> tuple[Bench, DenseM
         quality=found.quality,
         tasks=found.tasks,
     )
-    return bench, dense
+    losses = {name: quality.loss for name, quality in found.quality.items()}
+    return bench, dense, checked.fitness(model, recipe, losses)

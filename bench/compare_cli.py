@@ -81,6 +81,27 @@ def compare(
     methods = tuple(parse_method(text) for text in names)
     if len(set(methods)) != len(methods):
         raise UserError("a --method is named twice")
+    from trsp.bench.compare_settings import check_seeds, check_settings
+    from trsp.pruner.recipe import build_recipe
+
+    seeds = check_seeds(seed or (0, 1, 2))
+    flags: dict[str, object] = {}
+    if data:
+        flags["calibration"] = {"data": tuple(data)}
+    if device is not None:
+        flags["device"] = device
+    built = build_recipe(file=recipe, flags=flags, settings=tuple(settings or ()))
+    options_of = {
+        "--seed": seed,
+        "--ratio": ratio,
+        "--layers": layers,
+        "--eval-data": eval_data,
+        "--window": window,
+        "--max-tokens": max_tokens,
+    }
+    given = [name for name, value in options_of.items() if value not in (None, [])]
+    for line in check_settings(built, settings or (), given):
+        typer.echo(f"note: {line}", err=True)
     _require_folder(out, resume=resume)
     from trsp.bench.compare import run_compare
     from trsp.bench.compare_bench import CompareOptions
@@ -89,21 +110,17 @@ def compare(
     from trsp.pruner.checkpoint import open_checkpoint
     from trsp.pruner.console import progress_bars
     from trsp.pruner.durable import run_lock
-    from trsp.pruner.recipe import build_recipe
 
-    flags: dict[str, object] = {"calibration": {"data": tuple(data or ())}}
-    if device is not None:
-        flags["device"] = device
     options = CompareOptions(
         model=model,
-        recipe=build_recipe(file=recipe, flags=flags, settings=tuple(settings or ())),
+        recipe=built,
         eval_data=named_texts(eval_data or []),
         num_removed=_counts(
             open_checkpoint(model, trust_remote_code=trust_remote_code).num_hidden_layers,
             ratio,
             layers,
         ),
-        seeds=tuple(seed or (0, 1, 2)),
+        seeds=seeds,
         methods=methods,
         folder=out,
         window=window,
@@ -118,6 +135,8 @@ def compare(
         for record in run_compare(options, progress):
             write_compare_record(out / RECORD_NAME, record)
     assert record is not None, "there is at least one method, depth and seed"
+    for warning in record.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
     else:

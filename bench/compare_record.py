@@ -10,6 +10,7 @@ from trsp.bench.domain_quality import Quality
 from trsp.bench.zero_shot_record import TaskResult
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError, first_problem
+from trsp.pruner.text_checks import Overlap
 
 MAX_RECORD_BYTES = 64 << 20
 
@@ -79,6 +80,22 @@ class DenseModel(_Part):
     tasks: dict[str, TaskResult] = {}
 
 
+class TextFitness(_Part):
+    """How the texts stand to each other and to the dense model (`trsp.pruner.text_checks`).
+
+    Attributes:
+        overlaps: with each seed's calibration sequences, by text, then by seed.
+        calibration_bits: the dense model's loss on the first seed's calibration text, bits per
+            byte; None where its tokens are no text.
+        held_out_bits: the same by text.
+    """
+
+    overlaps: dict[str, dict[str, Overlap]]
+    calibration_bits: float | None
+    held_out_bits: dict[str, float | None]
+    warnings: tuple[str, ...] = ()
+
+
 class CompareRecord(_Part):
     """One comparison.
 
@@ -86,6 +103,7 @@ class CompareRecord(_Part):
         calibrations: what each seed's sequences were drawn from, by seed.
         protocols: of each text, what the perplexities hold for.
         complete: every cell that was asked for is there.
+        fitness: of the texts; records of before it was kept lack it.
     """
 
     schema_version: Literal[1] = 1
@@ -100,6 +118,12 @@ class CompareRecord(_Part):
     cells: tuple[Cell, ...]
     complete: bool
     environment: dict[str, Any]
+    fitness: TextFitness | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against the texts; mostly nothing."""
+        return () if self.fitness is None else self.fitness.warnings
 
 
 def write_compare_record(path: Path, record: CompareRecord) -> None:

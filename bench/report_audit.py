@@ -50,7 +50,7 @@ def audit_chapter(place: int, record: AuditRecord, path: Path, sha256: str) -> C
         kind="audit",
         title="What pruning lost",
         stops=stops(record),
-        cautions=(),
+        cautions=tuple(record.warnings),
         compared=compared(record),
         findings=tuple(finding(domain) for domain in record.domains),
         parts=tuple(part for part in parts if part.lines or part.tables),
@@ -59,7 +59,13 @@ def audit_chapter(place: int, record: AuditRecord, path: Path, sha256: str) -> C
 
 def readme_parts(record: AuditRecord) -> tuple[tuple[str, ...], list[str], list[Table]]:
     """Warnings, sentences and tables for a README."""
-    sentences = [compared(record), *acceptance_lines(record), *map(finding, record.domains)]
+    warnings = [f"Warning: {text}." for text in record.warnings]
+    sentences = [
+        *warnings,
+        compared(record),
+        *acceptance_lines(record),
+        *map(finding, record.domains),
+    ]
     tables = (criteria_table, domains_table, bands_table, generation_table)
     found = [make(record) for make in tables]
     return stops(record), sentences, [table for table in found if table.num_rows]

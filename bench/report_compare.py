@@ -103,7 +103,8 @@ def readme_parts(
         for count in record.num_removed
         for text in record.protocols
     ]
-    sentences = [compared(record), *best, *losing_table(found)[1]]
+    warnings = [f"Warning: {text}." for text in record.warnings]
+    sentences = [*warnings, compared(record), *best, *losing_table(found)[1]]
     return stops(record), sentences, readme_tables(found)
 
 
@@ -137,7 +138,7 @@ def _seeds(found: Comparison, row: Summary) -> str:
 
 
 def _cautions(found: Comparison) -> tuple[str, ...]:
-    record, lines = found.record, []
+    record, lines = found.record, list(found.record.warnings)
     if len(record.seeds) == 1:
         lines.append("One seed: there are no intervals, and a difference may be chance")
     if REFERENCE not in record.methods:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trsp.bench.compare_record import CompareRecord
     from trsp.pruner.recipe import Recipe
 
-# Nothing trained.
+# The whole model is never trained.
 SELECTIONS = (
     "random", "last", "block_influence", "angular", "one_shot_loss", "taylor", "sleb",
     "replace_me", "streamline", "laco", "paper_output_gates", "paper_residual_gates",
@@ -34,18 +34,26 @@ TRAINED = (
     "block_influence+distil@flops", "paper_output_gates+penalty", "paper_output_gates+penalty_l1",
     "paper_residual_gates+penalty", "paper_residual_gates+penalty_l1",
 )  # fmt: skip
-# Without: local distillation (distil; in closed form: refit_distil), teacher (labels), chosen
-# layers (random), verification, rounds; with: gates that close in training, with and without the
-# penalty, or never.
+# Without: local distillation (distil; in closed form: refit_distil), teacher (labels, half_labels),
+# chosen layers (random), verification, rounds; with: gates that close in training, with and without
+# the penalty, or never.
 ABLATION = (
     "trsp+transfer", "trsp+distil", "trsp+refit_distil", "trsp+labels", "random+transfer",
     "gates_unverified+transfer", "gates_one_shot+transfer", "trsp+linear",
-    "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil",
+    "trsp+linear_no_penalty", "trsp+progressive", "trsp+penalty_distil", "trsp+half_labels",
 )  # fmt: skip
 
 # Part of the layers that goes: the curve of what is cheap, two points of what trains.
 CURVE_RATIOS = (0.125, 0.25, 0.375, 0.5)
 TABLE_RATIOS = (0.25, 0.5)
+
+# Settings that options of this command say instead; depths are those of the tables.
+SETTINGS_BY_OPTION = {
+    "seed": ("--seeds",),
+    "evaluation.data": ("--eval-data",),
+    "evaluation.window": ("--window",),
+    "evaluation.max_tokens": ("--max-tokens",),
+}
 
 RECORD_NAME = "compare.json"
 MAX_TRAIN_RECORD_BYTES = 16 << 20
@@ -188,8 +196,10 @@ def check_plan(plan: Plan) -> None:
     """
     from trsp.bench.base_model import HEAD_DIM
     from trsp.bench.compare_methods import parse_method
+    from trsp.bench.compare_settings import check_settings
     from trsp.pruner.text_checks import refuse_same_files
 
+    check_settings(plan.recipe(), plan.settings, (), SETTINGS_BY_OPTION)
     for paths in plan.eval_data.values():
         refuse_same_files(plan.data, paths, remedy="name other files with --eval-data")
     if plan.profile.hidden_size % HEAD_DIM:
@@ -229,12 +239,29 @@ def read_base(plan: Plan) -> dict[str, Any]:
     ]
     if minutes is not None and not _took(record, minutes):
         different.append(f"minutes are {minutes:g} here and not what that training took")
+    different += _other_texts(plan, record.get("text_sha256"))
     if different:
         raise UserError(
             f"{plan.base}: is another base model: {'; '.join(different)}; name another --out, or "
             "ask for that model"
         )
     return record
+
+
+def _other_texts(plan: Plan, there: list[str] | None) -> list[str]:
+    """Which text files hold something else than those of the record; older ones have no hashes."""
+    from trsp.pruner.text_files import hash_text_file
+
+    if there is None:
+        return []
+    here = [hash_text_file(path) for path in plan.data]
+    if len(here) != len(there):
+        return []  # their names differ too
+    return [
+        f"{path} has the sha256 {new[:12]} and the text of that name there {old[:12]}"
+        for path, old, new in zip(plan.data, there, here, strict=True)
+        if old != new
+    ]
 
 
 def _took(record: dict[str, Any], minutes: float) -> bool:

@@ -31,6 +31,8 @@ def tables_markdown(
             if cell.note
         ]
         blocks += ["".join(notes)] if notes else []
+        warnings = [f"- Warning: {text}.\n" for text in record.warnings]
+        blocks += ["".join(warnings)] if warnings else []
     return "\n".join(blocks)
 
 

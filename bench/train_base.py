@@ -23,7 +23,7 @@ from trsp.bench.record import write_record
 from trsp.pruner.console import ErrorsAsExitCodes, progress_bars
 from trsp.pruner.durable import publish_folder, refuse_existing
 from trsp.pruner.progress import Progress, silent
-from trsp.pruner.text_files import read_texts
+from trsp.pruner.text_files import hash_text_file, read_texts
 
 DEFAULT_MINUTES = 15.0
 
@@ -57,13 +57,15 @@ def train_checkpoint(
         log_every: print a line on stderr after every so many steps; 0 prints none.
 
     Returns:
-        the record: shape, tokens, steps, the loss curve in about 200 points, seconds of wall and
-        processor time.
+        the record: text files and their sha256, shape, tokens, steps, the loss curve in about 200
+        points, seconds of wall and processor time.
     Raises:
         UserError: a file cannot be read, `out` exists, or the arguments cannot be trained with.
         RunError: the loss is not finite, or the disk is full.
     """
     refuse_existing(out, overwrite=overwrite)
+    # Before the training: a file may be another one when that has ended.
+    hashes = [hash_text_file(path) for path in text_files]
     documents = list(read_texts(text_files, progress=progress))
     progress("tokenizer", 0, 2)
     tokenizer = train_tokenizer(documents, vocab_size)
@@ -107,6 +109,7 @@ def train_checkpoint(
     )
     record = {
         "text_files": [path.name for path in text_files],
+        "text_sha256": hashes,
         "num_parameters": model.num_parameters(),
         "num_hidden_layers": num_hidden_layers,
         "hidden_size": hidden_size,

@@ -25,7 +25,8 @@ N: calibration sequences, T: tokens of one, S: tokens of the held-out text.
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trsp.pruner.errors import UserError
-from trsp.pruner.text_files import find_files
+from trsp.pruner.text_files import find_files, is_read_as_bytes, unpacked_blocks
 
 NGRAM = 13
 # More than this share of the held-out n-grams, or most of the calibration text's, is refused.
@@ -49,6 +50,8 @@ MAX_BITS_RATIO = 1.6
 
 _ALLOW = "where this is wanted: --set evaluation.allow_overlap=true"
 _CHUNK = 1 << 20
+# Of two files that begin alike, the shorter one has at least so many bytes, or they are the same.
+_MIN_BEGINNING = 4096
 _DECODED_TOKENS = 4096
 _EXAMPLE_CHARS = 60
 
@@ -116,31 +119,30 @@ class TextFindings:
 def refuse_same_files(
     calibration: Sequence[str | Path], held_out: Sequence[str | Path], *, remedy: str = _ALLOW
 ) -> None:
-    """Refuse held-out files that are calibration files, by their place or their bytes.
+    """Refuse held-out files that are calibration files, by their place or what they hold.
 
-    Only files of one size are read. What is packed otherwise is left to require_no_overlap.
+    Files are unpacked and compared until they differ; blank space at their end does not count. A
+    file that another one begins with is refused too, unless it is under 4 KiB: a short text may
+    begin many. Parquet files are compared byte by byte. Of files whose first 4 KiB differ nothing
+    more is read.
 
     Args:
         calibration, held_out: text files and folders, as read_texts takes them.
     Raises:
-        UserError: a file is in both, named; TextError as find_files.
+        UserError: a file is in both, named; TextError as find_files, or a file is broken.
     """
-    by_size: defaultdict[int, list[Path]] = defaultdict(list)
+    known: defaultdict[bytes, list[Path]] = defaultdict(list)
+    places = set()
     for path in find_files(calibration):
-        by_size[path.stat().st_size].append(path)
-    digests: dict[Path, str] = {}
+        places.add(path.resolve())
+        known[_beginning(path)].append(path)
     for path in find_files(held_out):
-        for other in by_size[path.stat().st_size]:
-            if path.resolve() == other.resolve():
-                how = "is calibration text too"
-            elif path.stat().st_size and _digest(path, digests) == _digest(other, digests):
-                how = f"has the same content as the calibration text {other}"
-            else:
-                continue
-            raise UserError(
-                f"the held-out text {path} {how}: a perplexity on text that was trained on says "
-                f"nothing; hold out other files, or, {remedy}"
-            )
+        if path.resolve() in places:
+            raise _same_text(path, "is calibration text too", remedy)
+        beginning = _beginning(path)
+        for other in known.get(beginning, ()) if beginning else ():
+            if how := _how_alike(path, other):
+                raise _same_text(path, f"{how} the calibration text {other}", remedy)
 
 
 def require_no_overlap(
@@ -259,15 +261,38 @@ def domain_warnings(
             f"(above {MAX_BITS_PER_BYTE} it hardly knows such text): which layers matter for its "
             "own text cannot be learned from this; give text of the kind it was trained on"
         )
-    if calibration is not None and held_out is not None:
-        low, high = sorted((calibration, held_out))
-        if high > MAX_BITS_RATIO * low:
-            warnings.append(
-                f"calibration and held-out text are of different kinds: the dense model needs "
-                f"{calibration:.2f} bits per byte of the one and {held_out:.2f} of the other; the "
-                "perplexities are out of domain"
-            )
-    return warnings
+    return warnings + kind_warnings(calibration, held_out)
+
+
+def kind_warnings(
+    calibration: float | None, held_out: float | None, *, name: str = "held-out text"
+) -> list[str]:
+    """That calibration and held-out text, called `name`, are of different kinds, if they are.
+
+    Args:
+        calibration, held_out: the dense model's losses on them, bits per byte; None: unknown.
+    """
+    if calibration is None or held_out is None:
+        return []
+    low, high = sorted((calibration, held_out))
+    if high <= MAX_BITS_RATIO * low:
+        return []
+    return [
+        f"calibration and {name} are of different kinds: the dense model needs {calibration:.2f} "
+        f"bits per byte of the one and {held_out:.2f} of the other; the perplexities are out of "
+        "domain"
+    ]
+
+
+def unknown_text_warnings(held_out: float | None, *, name: str = "held-out text") -> list[str]:
+    """That the dense model, by its loss in bits per byte, hardly knows text such as `name`."""
+    if held_out is None or held_out <= MAX_BITS_PER_BYTE:
+        return []
+    return [
+        f"the dense model needs {held_out:.2f} bits per byte of {name} (above {MAX_BITS_PER_BYTE} "
+        "it hardly knows such text): what pruning lost on it says little of the model's own text; "
+        "give text of the kind it was trained on"
+    ]
 
 
 def _hash_ngrams(ids: Tensor, n: int) -> _Hashes:
@@ -300,9 +325,60 @@ def _longest_run(flags: npt.NDArray[np.bool_]) -> tuple[int, int]:
     return int(lengths[longest]), int(edges[2 * longest])
 
 
-def _digest(path: Path, known: dict[Path, str]) -> str:
-    """sha256 (hex) of a file's bytes, read once."""
-    if path not in known:
-        with path.open("rb") as file:
-            known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return known[path]
+def _same_text(path: Path, how: str, remedy: str) -> UserError:
+    return UserError(
+        f"the held-out text {path} {how}: a perplexity on text that was trained on says nothing; "
+        f"hold out other files, or, {remedy}"
+    )
+
+
+def _beginning(path: Path) -> bytes:
+    """What files that hold the same have in common; empty where there is nothing to compare.
+
+    A hash of the first 4 KiB, unpacked, or of all of a shorter file without blank space behind.
+    """
+    if not is_read_as_bytes(path):
+        return b"parquet %d" % path.stat().st_size
+    block = next(unpacked_blocks(path, 2 * _MIN_BEGINNING), b"")
+    whole = block.rstrip()
+    if len(block) < 2 * _MIN_BEGINNING and len(whole) < _MIN_BEGINNING:
+        return b"short " + hashlib.sha256(whole).digest() if whole else b""
+    return b"long " + hashlib.sha256(block[:_MIN_BEGINNING]).digest()
+
+
+def _how_alike(path: Path, other: Path) -> str | None:
+    """How a held-out file stands to a calibration file that begins alike; None: they differ."""
+    # Of Parquet the bytes as they lie there, packed or not.
+    unpack = unpacked_blocks if is_read_as_bytes(path) else _blocks
+    mine, theirs = unpack(path), unpack(other)
+    with closing(mine), closing(theirs):
+        left = right = b""
+        while True:
+            left, right = left or next(mine, b""), right or next(theirs, b"")
+            length = min(len(left), len(right))
+            if not length or left[:length] != right[:length]:
+                break
+            left, right = left[length:], right[length:]
+        place = _first_difference(left[:length], right[:length])
+        ends = _is_blank(left[place:], mine), _is_blank(right[place:], theirs)
+    if not any(ends) or (unpack is _blocks and not all(ends)):
+        return None
+    if all(ends):
+        return "has the same content as"
+    return "is the beginning of" if ends[0] else "begins with all of"
+
+
+def _blocks(path: Path) -> Generator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            yield block
+
+
+def _first_difference(left: bytes, right: bytes) -> int:
+    """Where two blocks of one length differ first; 0 where both are empty."""
+    one, two = (np.frombuffer(block, dtype=np.uint8) for block in (left, right))
+    return int((one != two).argmax()) if len(one) else 0
+
+
+def _is_blank(rest: bytes, blocks: Iterator[bytes]) -> bool:
+    return not rest.strip() and all(not block.strip() for block in blocks)

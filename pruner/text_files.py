@@ -8,12 +8,13 @@ nothing is written to a cache.
 
 import codecs
 import gzip
+import hashlib
 import json
 import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,46 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
                 " behind); convert it, or name the files of a folder one by one"
             )
     return found
+
+
+def unpacked_blocks(path: Path, block_bytes: int = _CHUNK_BYTES) -> Generator[bytes]:
+    """Yield the bytes of one file as they are without compression, block by block.
+
+    Raises:
+        TextError: the file is broken or cannot be read.
+    """
+    try:
+        with path.open("rb") as raw:
+            compression = _COMPRESSIONS.get(path.suffix)
+            with compression(raw) if compression else raw as file:
+                while block := file.read(block_bytes):
+                    yield block
+    except _BROKEN_COMPRESSION as error:
+        raise TextError(f"{path}: the compressed data is broken: {error}") from error
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def hash_text_file(path: Path) -> str:
+    """sha256 (hex) of a file as it lies on disk; of a folder, over its files' names and hashes.
+
+    Raises:
+        TextError: as find_files, or the file cannot be read.
+    """
+    files = find_files([path])
+    if path.is_dir():
+        lines = (f"{hash_text_file(file)}  {file.relative_to(path)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def is_read_as_bytes(path: Path) -> bool:
+    """Whether equal text means equal unpacked bytes: in all formats but Parquet."""
+    return _format(path) != ".parquet"
 
 
 def _read_file(path: Path, size: int, text_field: str) -> Iterator[tuple[Fragment, int]]:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ from typer.testing import CliRunner
 from trsp.bench.audit import AuditOptions, audit, frequency_bands, summarize
 from trsp.bench.audit_cli import generation_lines
 from trsp.bench.audit_record import AuditRecord, Domain, Sums, read_audit_record
+from trsp.bench.audit_texts import calibration_bits, refuse_calibration_text
 from trsp.bench.cli import app
 from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.token_losses import TokenLosses, compare_tokens
-from trsp.pruner.api import compact
+from trsp.pruner.api import compact, prune
 from trsp.pruner.checkpoint import load_model, open_checkpoint
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
-from trsp.pruner.layer_map import LayerMap
+from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.run import base_model_of
 from trsp.pruner.windows import cut_windows
 
@@ -380,6 +383,135 @@ def test_the_gate(
     assert record.passed is not bool(code)
     assert record.criteria == {"perplexity_ratio": float(limit), "domains": {}}
     assert record.criteria_sha256 is not None
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    pico_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A model pruned by `trsp prune`, and the file that it learned from."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "texts").mkdir()
+    data = shutil.copy(text_file, folder / "texts" / "data.txt")
+    settings = ("calibration.num_sequences=8", "calibration.sequence_length=32",
+                "selection.method=block_influence", "transfer.enabled=false")  # fmt: skip
+    prune(
+        pico_llama, folder / "out", data=[folder / "texts"], layers=1, settings=settings, vllm="off"
+    )
+    return folder / "out", data
+
+
+@pytest.mark.parametrize("way", ["same file", "copy"])
+def test_the_text_that_was_calibrated_on_is_refused(
+    way: str, pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    pruned, data = calibrated
+    if way == "copy":
+        data = shutil.copy(data, tmp_path / "another.txt")
+    words = ("--data", f"mine={held_out_file}", "--data", f"theirs={data}")
+    found = run(str(pico_llama), str(pruned), *words)
+    assert found.exit_code == 2
+    message = " ".join(f"{found.exception} {found.stderr}".split())
+    assert f"the held-out text {data}" in message
+    assert "calibration text" in message
+    assert "name other files with --data" in message
+
+
+@pytest.fixture
+def told_of(calibrated: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder `runs/out` of a layer map with those sources, and of a report."""
+    whole = read_layer_map(calibrated[0] / "layer_map.json")
+    assert whole.calibration is not None
+
+    def make(source: Any, report: dict[str, Any] | None = None) -> Path:
+        folder = tmp_path / "runs" / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {**(whole.calibration or {}), "source": source}
+        write_layer_map(replace(whole, calibration=about), folder / "layer_map.json")
+        (folder / "trsp_report.json").write_text(json.dumps(report or {}))
+        return folder
+
+    return make
+
+
+def test_calibration_text_that_is_not_there_any_more_is_not_judged(
+    told_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.txt"
+    moved.write_text("one two three")
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(told_of([str(tmp_path / "gone"), str(moved)]), {"a": [moved]})
+    unreadable = [tmp_path / "odd.pdf", tmp_path / "broken.txt.xz", tmp_path / "gone"]
+    for path in unreadable[:2]:
+        path.write_bytes(b"no text")
+    for source in (list(map(str, unreadable)), ["self"], 3):
+        refuse_calibration_text(told_of(source), {"a": [moved]})
+    (told_of([str(moved)]) / "layer_map.json").unlink()
+    refuse_calibration_text(tmp_path / "runs" / "out", {"a": [moved]})
+
+
+def test_a_relative_path_starts_where_the_model_was_pruned(
+    told_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of that name in the folder of the audit is another one."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    here, there = Path("train.txt"), tmp_path / "train.txt"
+    here.write_text("another text")
+    there.write_text("the calibration text")
+    folder = told_of(["train.txt"], {"out": "runs/out"})
+    refuse_calibration_text(folder, {"a": [here]})
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(folder, {"a": [here], "b": [there]})
+    with pytest.raises(UserError, match="is calibration text too"):
+        refuse_calibration_text(Path("../runs/out"), {"b": [there]})
+    for out in ("elsewhere/out", str(folder), "../out", ".", 3):
+        refuse_calibration_text(told_of(["train.txt"], {"out": out}), {"a": [here], "b": [there]})
+
+
+def test_text_that_the_dense_model_hardly_knows_is_warned_of(
+    pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    chance, digits = random.Random(0), tmp_path / "digits.txt"
+    digits.write_text("".join(chance.choice("0123456789abcdef") for _ in range(2000)))
+    found = run(
+        str(pico_llama), str(calibrated[0]), "--data", f"known={held_out_file}",
+        "--data", f"hex={digits}", "--window", "32", "--prompts", "0", "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    record = json.loads(found.stdout)
+    known, of_hex = (domain["bits_per_byte"] for domain in record["domains"])
+    assert known < 2.5 < of_hex
+    assert len(record["warnings"]) == 1 + (of_hex > 1.6 * known)
+    unknown = record["warnings"][0]
+    assert unknown.startswith(f"the dense model needs {of_hex:.2f} bits per byte of the text hex")
+    for warning in record["warnings"]:
+        assert f"warning: {warning}" in found.stderr
+
+
+def test_text_of_another_kind_than_the_calibration_text_is_warned_of(
+    pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    """By what the folder's report says of that text; without a report nothing is said."""
+    path = tmp_path / "trsp_report.json"
+    report = json.loads((calibrated[0] / path.name).read_text())
+    report["texts"]["bits_per_byte"]["calibration"] = 99.0
+    shutil.copytree(calibrated[0], tmp_path, dirs_exist_ok=True)
+    path.write_text(json.dumps(report))
+    (warning,) = audit(options(pico_llama, tmp_path, held_out_file, prompts=0)).warnings
+    assert warning.startswith("calibration and the text held are of different kinds")
+    for content in ({"texts": 1}, {"texts": {"bits_per_byte": {"calibration": None}}}, {}):
+        path.write_text(json.dumps(content))
+        assert calibration_bits(tmp_path) is None
+    path.unlink()
+    assert calibration_bits(tmp_path) is None
+
+
+def test_audits_of_before_the_texts_were_judged_are_read() -> None:
+    records = sorted((Path(__file__).resolve().parents[2] / "bench/records").glob("audit-*.json"))
+    assert len(records) >= 2
+    for path in records:
+        assert read_audit_record(path).warnings == []
 
 
 @pytest.mark.parametrize(

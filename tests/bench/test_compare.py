@@ -31,7 +31,10 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import LayerMap
 from trsp.pruner.recipe import Recipe
 from trsp.pruner.run import base_model_of
+from trsp.pruner.sampling import batch_indices
+from trsp.pruner.text_checks import Overlap
 
+RECORDS = Path(__file__).resolve().parents[2] / "bench" / "records"
 SENTENCE = """old green small quiet broken tall wet late plain grey lamp house captain morning
 window river asked burned seen gone kept the a of in and nobody everyone never always"""
 
@@ -304,6 +307,24 @@ def test_the_command_shows_tables_and_leaves_a_record(
         (("--eval-data", "far"), "NAME=PATH"),
         (("--set", "transfer.steps=-1"), "transfer.steps"),
         (("--set", "transfer.steps=0"), "no steps with closing"),
+        (("--seed", "-1"), "--seed -1 is not within 0 and 2147483647"),
+        (("--seed", str(2**31)), "--seed 2147483648 is not within"),
+        (("--seed", "10000000000000000"), "is not within"),
+        (("--seed", "1", "--seed", "0", "--seed", "1"), "--seed 1 is given twice"),
+        (("--set", "layers=2"), "--set layers=2 has no effect on a comparison: use --layers or"),
+        (("--layers", "2", "--set", "layers=3"), "--set layers=3 has no effect"),
+        (("--set", "ratio=0.5"), "ratio=0.5 has no effect on a comparison: use --ratio or"),
+        (("--set", "keep=[0, 5]"), "keep=[0,5] has no effect on a comparison: use --layers or"),
+        (("--set", "seed=3"), "seed=3 has no effect on a comparison: use --seed"),
+        (("--set", f"seed={2**31}"), "seed: Input should be less than"),
+        (("--set", "evaluation.window=64"), "evaluation.window=64 has no effect on a comparison:"),
+        (("--set", "evaluation={max_tokens: 64}"), "evaluation.max_tokens=64 has no effect"),
+        (("--set", "evaluation.data=[a.txt]"), "[a.txt] has no effect on a comparison: use --eval"),
+        (("--set", "evaluation.stride=16"), "evaluation.stride=16 has no effect"),
+        (("--set", "evaluation.allow_overlap=true"), "allow_overlap=true has no effect"),
+        (("--set", "transfer.enabled=false"), "transfer.enabled=false has no effect"),
+        (("--set", "auto.max_transfers=2"), "auto={...} has no effect"),
+        (("--set", "state_every_seconds=1"), "state_every_seconds=1.0 has no effect"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(
@@ -313,6 +334,169 @@ def test_mistakes_are_found_before_anything_runs(
     assert result.exit_code == 2
     assert problem in result.output
     assert not (tmp_path / "out" / "compare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "option"),
+    [
+        ({"ratio": 0.5}, ("--layers", "2")),
+        ({"keep": [0, 1, 2, 5]}, ("--ratio", "0.34")),
+        ({"seed": 7}, ("--seed", "7")),
+        ({"evaluation": {"window": 64}}, ("--window", "32")),
+        ({"evaluation": {"max_tokens": 64}}, ("--max-tokens", "64")),
+        ({"transfer": {"enabled": False}}, None),
+        ({"evaluation": {"stride": 16}}, None),
+        ({"auto": {"max_transfers": 2}}, None),
+    ],
+)
+def test_what_a_recipe_carries_beside_a_comparisons_settings_is_never_passed_over(
+    texts: dict[str, Path],
+    tmp_path: Path,
+    section: dict[str, Any],
+    option: tuple[str, str] | None,
+) -> None:
+    """Refused where an option says it, but not with that option; told where none does."""
+    recipe, absent = tmp_path / "recipe.yaml", tmp_path / "absent"
+    recipe.write_text(json.dumps({"calibration": {"data": [str(texts["train"])]}, **section}))
+    words = ["compare", str(absent), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    (name, value), *_ = section.items()
+    if isinstance(value, dict):
+        name = f"{name}.{next(iter(value))}" if name != "auto" else name
+    alone = CliRunner().invoke(app, words)
+    assert alone.exit_code == 2
+    assert f"the recipe's {name}=" in alone.stderr
+    if option is None:
+        assert alone.stderr.startswith("note: the recipe's")
+        assert "absent" in alone.stderr.splitlines()[-1], "it went on to the model"
+        return
+    assert alone.stderr.startswith("error: the recipe's")
+    assert option[0] in alone.stderr
+    both = CliRunner().invoke(app, [*words, *option])
+    assert "the recipe's" not in both.stderr
+    assert "absent" in both.stderr
+
+
+def test_a_recipes_calibration_text_is_used_where_no_data_is_given(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    calibration = {"data": [str(texts["train"])], "num_sequences": 8, "sequence_length": 16}
+    recipe.write_text(json.dumps({"device": "cpu", "calibration": calibration}))
+    words = ["compare", str(pico_llama), "--out", str(tmp_path / "out"), "--recipe", str(recipe)]
+    words += ["--eval-data", f"near={texts['near']}", "--window", "32", "--method", "last"]
+    result = CliRunner().invoke(app, [*words, "--layers", "1", "--seed", str(2**31 - 1)])
+    assert result.exit_code == 0, result.output
+    record = read_compare_record(tmp_path / "out" / "compare.json")
+    assert record.calibrations[str(2**31 - 1)]["source"] == [str(texts["train"])]
+
+
+def test_the_largest_seed_orders_the_batches() -> None:
+    wanted = {"num_sequences": 4, "batch_size": 4, "seed": 2**31 - 1}
+    assert sorted(batch_indices(10**6, **wanted)) == [0, 1, 2, 3]
+
+
+def densely(asked: CompareOptions) -> CompareOptions:
+    """With nearly all of the text in the calibration sequences."""
+    calibration = asked.recipe.calibration.model_copy(
+        update={"num_sequences": 28, "sequence_length": 64}
+    )
+    return replace(asked, recipe=asked.recipe.model_copy(update={"calibration": calibration}))
+
+
+@pytest.mark.parametrize(("num_words", "outcome"), [(0, "apart"), (20, "warned"), (250, "refused")])
+def test_a_paragraph_in_common_is_kept_in_the_record_and_warned_of(
+    pico_llama: Path, texts: dict[str, Path], tmp_path: Path, num_words: int, outcome: str
+) -> None:
+    shared = " ".join(prose(0).split()[200 : 200 + num_words])
+    chance = random.Random(1)
+    own = [" ".join("".join(chance.choices("etaoinshrdlu", k=5)) for _ in range(200)) for _ in "ab"]
+    texts["near"].write_text(f"{own[0]} {shared} {own[1]}")
+    asked = options(
+        pico_llama, texts, tmp_path / "out", methods=methods("last"), seeds=(0, 1), num_removed=(1,)
+    )
+    if outcome == "refused":
+        with pytest.raises(UserError, match="of the text near stand in the calibration text"):
+            last(run_compare(densely(asked)))
+        return
+    record = last(run_compare(densely(asked)))
+    assert record.fitness is not None
+    assert set(record.fitness.overlaps) == {"near", "far"}
+    assert set(record.fitness.overlaps["near"]) == {"0", "1"}
+    shares = [found.share for found in record.fitness.overlaps["near"].values()]
+    said = [line for line in record.warnings if "stand in the calibration text" in line]
+    if outcome == "apart":
+        assert max(shares) < 0.01
+        assert said == []
+    else:
+        assert 0.01 < max(shares) < 0.1
+        (warning,) = said
+        assert warning.startswith(f"{max(shares):.1%} of the 13-token runs of the text near stand")
+    write_compare_record(tmp_path / "record.json", record)
+    assert read_compare_record(tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize("digits_in", ["nothing", "far", "train"])
+def test_text_of_another_kind_is_warned_of(
+    pico_llama: Path,
+    text_file: Path,
+    held_out_file: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    digits_in: str,
+) -> None:
+    chance = random.Random(0)
+    digits = tmp_path / "digits.txt"
+    digits.write_text("".join(chance.choice("0123456789abcdef") for _ in range(4000)))
+    texts = {"train": text_file, "near": held_out_file, "far": held_out_file}
+    if digits_in != "nothing":
+        texts[digits_in] = digits
+    out = tmp_path / "out"
+    words = ("--method", "last", "--layers", "1", "--seed", "0", "--json")
+    result = command(pico_llama, texts, out, *words, "--eval-data", f"far={texts['far']}")
+    assert result.exit_code == 0, result.stderr
+    record = read_compare_record(out / "compare.json")
+    assert json.loads(result.stdout)["fitness"]["warnings"] == list(record.warnings)
+    for warning in record.warnings:
+        assert f"warning: {warning}" in result.stderr
+    beginnings = [warning.split(":")[0] for warning in record.warnings]
+    if digits_in == "nothing":
+        assert beginnings == []
+        assert "warning" not in result.stderr
+    elif digits_in == "far":
+        assert beginnings == ["calibration and held-out text far are of different kinds"]
+    else:
+        assert "hardly knows such text" in record.warnings[0]
+        assert beginnings[1:] == [
+            f"calibration and held-out text {name} are of different kinds"
+            for name in ("near", "far")
+        ]
+    assert record.fitness is not None
+    bits = record.fitness.calibration_bits
+    assert bits is not None
+    assert (bits > 2.5) == (digits_in == "train")
+
+
+def test_text_that_the_model_wrote_is_not_refused_and_not_called_unknown(
+    pico_llama: Path, held_out_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the held-out text word by word, that is said."""
+    texts = {"train": Path("self"), "near": held_out_file, "far": held_out_file}
+    asked = options(pico_llama, texts, tmp_path / "out", methods=methods("last"), num_removed=(1,))
+    record = last(run_compare(asked))
+    assert not any("hardly knows" in warning for warning in record.warnings)
+    whole = Overlap(13, 100, 0.5, 0.9, 50, 0)
+    monkeypatch.setattr("trsp.bench.compare_texts.overlap", lambda *_: whole)
+    record = last(run_compare(asked))
+    assert record.fitness is not None
+    assert record.fitness.overlaps["near"]["0"] == whole
+    assert record.warnings[0].startswith("50.0% of the 13-token runs of the text near")
+
+
+def test_records_of_before_the_texts_were_judged_are_read() -> None:
+    records = sorted(RECORDS.glob("compare-*.json"))
+    assert len(records) >= 5
+    for path in records:
+        assert read_compare_record(path).cells
 
 
 def test_a_refit_that_could_not_be_is_said(

@@ -346,6 +346,13 @@ def test_readme_tables(tmp_path: Path) -> None:
     assert "From audit.json, sha256 " in text
 
 
+def test_what_speaks_against_the_texts_stands_before_the_numbers(tmp_path: Path) -> None:
+    record = build(warnings=["the text is odd"])
+    text = page_of(record, tmp_path).text
+    assert 0 < text.index("the text is odd") < text.index("What was lost, by text")
+    assert "- Warning: the text is odd." in markdown_of(read_inputs([tmp_path]))
+
+
 def test_records_of_all_kinds_share_a_page(tmp_path: Path, report_records: ModuleType) -> None:
     folder = tmp_path / "in"
     serve = report_records.build("latency")

@@ -20,6 +20,7 @@ from trsp.bench.compare_record import (
     CompareRecord,
     Cost,
     DenseModel,
+    TextFitness,
     read_compare_record,
     write_compare_record,
 )
@@ -497,6 +498,24 @@ def test_readme_tables_hold_winner_and_methods(tmp_path: Path) -> None:
     # The curve, and of each depth quality and cost.
     assert len([line for line in text.splitlines() if line.startswith("| SLEB |")]) == 5
     assert "From compare.json, sha256 " in text
+
+
+def test_what_speaks_against_the_texts_stands_before_the_numbers(tmp_path: Path) -> None:
+    fitness = TextFitness(
+        overlaps={}, calibration_bits=3.1, held_out_bits={}, warnings=("the text is <odd>",)
+    )
+    record = build(fitness=fitness)
+    text = page_of(record, tmp_path).text
+    assert 0 < text.index("the text is <odd>") < text.index("Every method")
+    assert "the text is <odd>" in compare_chapter(1, record, tmp_path, "").cautions
+    markdown = markdown_of(read_inputs([tmp_path / "compare.json"]))
+    assert "- Warning: the text is" in markdown
+    assert "Warning" not in markdown_of(read_inputs([_written(build(), tmp_path / "none.json")]))
+
+
+def _written(record: CompareRecord, path: Path) -> Path:
+    write_compare_record(path, record)
+    return path
 
 
 def test_the_curve_has_every_depth_and_text() -> None:

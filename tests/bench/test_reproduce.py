@@ -1,8 +1,10 @@
 """From text to tables in one command, which goes on where it was stopped."""
 
+import hashlib
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +127,9 @@ def test_one_command_goes_from_text_to_tables(done: tuple[Path, Result]) -> None
     assert "### 2 of 4 layers gone (50.0%)\n" in tables
     last = next(cell for cell in cells(out, "selections") if cell.num_removed == 2)
     assert f"| {sized(last.quality['far'].perplexity)} |" in tables
+    warnings = read_compare_record(out / "trained" / "compare.json").warnings
+    assert len(warnings) == 1, "no text is known to a model of 4 steps"
+    assert tables.count(f"- Warning: {warnings[0]}.\n") == 3
     record = json.loads((out / "base" / "train_record.json").read_text())
     assert f"to a loss of {record['final_loss']:.3f}" in tables
 
@@ -201,6 +206,31 @@ def test_another_base_model_in_the_folder_is_refused(
         assert "name another --out" in result.stderr
 
 
+def test_another_text_of_the_same_name_is_another_base_model(
+    texts: dict[str, Path], tmp_path: Path, done: tuple[Path, Result], nothing_new: None
+) -> None:
+    """By the hash in the record; an older record without one is known by the names alone."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    moved = {**texts, "train": folder / "train.txt"}
+    content = texts["train"].read_text()
+    moved["train"].write_text(content)
+    out = tmp_path / "out"
+    shutil.copytree(done[0] / "base", out / "base")
+    assert run([*words(moved, out), "--dry-run"]).exit_code == 0
+    moved["train"].write_text(content.replace("captain", "sailors"))
+    for more in ([], ["--dry-run"]):
+        result = run([*words(moved, out), *more])
+        assert result.exit_code == 2
+        assert "train.txt has the sha256 " in result.stderr
+        assert "name another --out" in result.stderr
+    path = out / "base" / "train_record.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert record.pop("text_sha256") == [hashlib.sha256(content.encode()).hexdigest()]
+    path.write_text(json.dumps(record))
+    assert run([*words(moved, out), "--dry-run"]).exit_code == 0
+
+
 def test_a_training_by_the_clock_is_known_again() -> None:
     curve = [{"elapsed_s": 55.0}, {"elapsed_s": 61.0}]
     record: dict[str, Any] = {"loss_curve": curve, "wall_s": 61.0}
@@ -229,6 +259,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     [
         (("--set", "transfer.batch_size=0"), "transfer.batch_size"),
         (("--set", "selection.protected=[9]"), "names layer 9"),
+        (("--set", "layers=2"), "--set layers=2 has no effect on a comparison: leave it out"),
+        (("--set", "evaluation.window=32"), "no effect on a comparison: use --window"),
+        (("--set", "transfer.enabled=false"), "transfer.enabled=false has no effect"),
         (("--eval-data", "far"), "NAME=PATH"),
         (("--eval-data", "more=absent.txt"), "absent.txt: does not exist"),
         (("--minutes", "3"), "as --minutes above 0, or as --steps"),
@@ -272,6 +305,7 @@ def test_the_lists_name_methods_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(parse_method(name).recovery for name in (*reproduce.TRAINED, *reproduce.ABLATION))
     alone = {name for name in DEFAULT_METHODS if parse_method(name).recovery is None}
     assert alone <= set(reproduce.SELECTIONS)
+    assert "trsp+half_labels" in reproduce.ABLATION
 
 
 @pytest.mark.parametrize(("device", "millions"), [("cpu", (10, 12)), ("cuda", (100, 350))])

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import lzma
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from trsp.pruner.text_checks import (
     refuse_same_files,
     require_no_overlap,
 )
+from trsp.pruner.text_files import TextError, unpacked_blocks
 
 FAST = (
     "calibration.num_sequences=8", "calibration.sequence_length=32",
@@ -202,6 +205,108 @@ def test_the_same_file_is_refused_by_any_name(tmp_path: Path) -> None:
     refuse_same_files([folder], [tmp_path / "apart.txt"])
 
 
+PACKED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """Written as the name's ending says."""
+    path.write_bytes(PACKED.get(path.suffix, bytes)(content))
+    return path
+
+
+LONG = " ".join(map(str, range(3000))).encode()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.txt.xz", "b.txt"),
+        ("a.txt", "b.txt.gz"),
+        ("a.jsonl.gz", "b.jsonl.xz"),
+        ("a.txt", "b.txt"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("calibration", "held_out", "how"),
+    [
+        (LONG, LONG, "has the same content as"),
+        (LONG, LONG + b"\n", "has the same content as"),
+        (LONG + b"\n" * 9000, LONG + b"\r\n", "has the same content as"),
+        (LONG, LONG + b"\nand more", "begins with all of"),
+        (LONG + b"\n", LONG + b" and more", "begins with all of"),
+        (LONG, LONG[:4096], "is the beginning of"),
+        (LONG * 200, LONG * 199 + b"\n\n", "is the beginning of"),
+        (b"short", b"short\n", "has the same content as"),
+        (b"x" * 4095, b"x" * 4095 + b"\n", "has the same content as"),
+        (LONG, LONG[:4000], None),
+        (b"short", b"short and more", None),
+        (b" \n", b" \n", None),
+        (LONG, LONG[:-1] + b"?", None),
+        (LONG, b"?" + LONG, None),
+        (LONG, LONG[:5000] + b"and more", None),
+        (LONG, LONG[:5000] + b"\n" * 9000 + b"and more", None),
+        (LONG * 200, LONG * 199 + b"?" + LONG, None),
+    ],
+)  # fmt: skip
+def test_the_same_text_is_refused_however_it_is_packed(
+    tmp_path: Path, names: tuple[str, str], calibration: bytes, held_out: bytes, how: str | None
+) -> None:
+    one, two = packed(tmp_path / names[0], calibration), packed(tmp_path / names[1], held_out)
+    if how is None:
+        refuse_same_files([one], [two])
+        return
+    with pytest.raises(UserError, match=f"{two} {how} the calibration text {one}: a perplexity"):
+        refuse_same_files([one], [two])
+
+
+def test_parquet_is_the_same_by_its_bytes_alone(tmp_path: Path) -> None:
+    one, two, other = (tmp_path / f"{name}.parquet" for name in ("one", "two", "other"))
+    one.write_bytes(LONG)
+    two.write_bytes(LONG)
+    with pytest.raises(UserError, match=r"two\.parquet has the same content as"):
+        refuse_same_files([one], [two])
+    for content in (LONG[:-1] + b"?", LONG[:-1] + b"\n", LONG[:-2], LONG + b"\n"):
+        other.write_bytes(content)
+        refuse_same_files([one], [other])
+    refuse_same_files([one], [packed(tmp_path / "three.parquet.gz", LONG)])
+
+
+def test_of_different_texts_only_the_beginning_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of those that begin alike, nothing behind the block that differs."""
+    from trsp.pruner import text_checks
+
+    read: dict[str, int] = {}
+
+    def counted(path: Path, block_bytes: int = 4096) -> Iterator[bytes]:
+        for block in unpacked_blocks(path, block_bytes):
+            read[path.name] = read.get(path.name, 0) + len(block)
+            yield block
+
+    monkeypatch.setattr(text_checks, "unpacked_blocks", counted)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(20):
+        packed(folder / f"{number}.txt.xz", b"%d " % number + LONG)
+    held_out = packed(tmp_path / "held_out.txt", b"? " + LONG)
+    refuse_same_files([folder], [held_out])
+    assert set(read.values()) == {8192}
+    read.clear()
+    later = packed(tmp_path / "later.txt", b"3 " + LONG[:6000] + b"?" + LONG[6000:])
+    refuse_same_files([folder], [later])
+    assert read["3.txt.xz"] == read["later.txt"] == 8192 + 8192
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    whole = packed(tmp_path / "whole.txt", LONG)
+    broken = tmp_path / "broken.txt.xz"
+    broken.write_bytes(lzma.compress(LONG)[:-40])
+    for pair in ((whole, broken), (broken, whole)):
+        with pytest.raises(TextError, match=r"broken\.txt\.xz: the compressed data is broken"):
+            refuse_same_files(*([path] for path in pair))
+
+
 def test_empty_files_are_no_common_text(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("")
@@ -256,13 +361,14 @@ def test_a_run_is_refused_before_anything_is_trained_or_written(
         shutil.copy(data, held_out)
         message = "has the same content as"
     elif way == "packed":
+        message = "has the same content as"
         held_out = tmp_path / "copy.txt.gz"
         held_out.write_bytes(gzip.compress(data.read_bytes()))
     else:
         held_out.write_text("hex " * 20 + data.read_text() + " and more")
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(pipeline.Run, "select", forbidden)
-    if way in ("same file", "copy"):
+    if way != "pasted":
         monkeypatch.setattr(pipeline.Run, "tokenizer", forbidden)
     words = {**words, "data": [data], "eval_data": [held_out]}
     with pytest.raises(UserError, match=message):

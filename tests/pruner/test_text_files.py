@@ -1,6 +1,7 @@
 """Local text comes out as it was written, or one line says which file is wrong and where."""
 
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from trsp.pruner import text_files
-from trsp.pruner.text_files import TextError, read_fragments, read_texts
+from trsp.pruner.text_files import TextError, hash_text_file, read_fragments, read_texts
 
 ROWS = ["first row\n", "zweite Zeile, größer", "", "四行目 \U0001f40d"]
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -203,3 +204,19 @@ def test_progress_ends_at_the_bytes_of_all_files(tmp_path: Path) -> None:
     assert [report[1] for report in seen] == sorted(report[1] for report in seen)
     assert seen[-1] == ("reading text", total, total)
     assert all(report[2] == total for report in seen)
+
+
+def test_a_folders_hash_is_that_of_its_names_and_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    found = {hash_text_file(folder)}
+    assert hash_text_file(folder / "a.txt") == hashlib.sha256(b"one").hexdigest()
+    (folder / "b.txt").write_text("too")
+    found.add(hash_text_file(folder))
+    (folder / "b.txt").rename(folder / "c.txt")
+    found.add(hash_text_file(folder))
+    assert len(found) == 3
+    with pytest.raises(TextError, match="does not exist"):
+        hash_text_file(tmp_path / "absent.txt")
