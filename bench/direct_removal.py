@@ -19,6 +19,7 @@ from trsp.bench.generation import time_generation
 from trsp.bench.record import write_record
 from trsp.pruner import api
 from trsp.pruner.console import progress_bars
+from trsp.pruner.model_card import deletion_words
 from trsp.pruner.progress import Progress, silent
 
 ROWS = {
@@ -152,16 +153,7 @@ def cost_lines(record: dict[str, Any]) -> list[str]:
         memory = "" if peak is None else f", peak {peak / 2**30:.2f} GiB"
         lines.append(f"{name}: {cost['seconds']:.1f} s{memory}")
     transfer = record["trsp"]["transfer"]
-    difference = max(transfer["residual_difference"].values())
-    lines.append(
-        f"at deletion: residual difference {difference:.2e}, inside the closed layers "
-        f"{max(transfer['branch_difference'].values()):.2e}"
-    )
-    lines.append(
-        f"calibration loss: {transfer['loss_dense']:.4f} nats dense, "
-        f"{transfer['loss_before_deletion']:.4f} before deletion, "
-        f"{transfer['loss_after_deletion']:.4f} after"
-    )
+    lines.append(f"deletion: {deletion_words(transfer)}")
     return lines
 
 

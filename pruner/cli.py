@@ -160,8 +160,9 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
         f"dropped  {', '.join(map(str, report['removal_order']))} (in order of removal)",
     ]
     if report["transfer"]:
+        from trsp.pruner.model_card import deletion_words
+
         transfer = report["transfer"]
-        left = max(transfer["residual_difference"].values())
         shown = [
             f"{entry['first']} to {entry['last']}: {entry['explained']:.0%}"
             for entry in transfer["refits"]
@@ -169,11 +170,7 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
         ]
         if shown:
             lines.append(f"moved    of what layers {', '.join(shown)} added to the stream")
-        lines.append(
-            f"deletion residual difference {left:.2e}, jump in loss "
-            f"{transfer['jump_at_deletion']:+.4f} nats; calibration loss "
-            f"{transfer['loss_dense']:.4f} dense, {transfer['loss_after_deletion']:.4f} after"
-        )
+        lines.append(f"deletion {deletion_words(transfer)}")
     if report["auto"]:
         from trsp.pruner.auto_record import console_lines
 

@@ -21,6 +21,25 @@ def verdict(evaluation: dict[str, Any]) -> str:
     return f"{measured}: this ratio is too high without recovery training after deletion."
 
 
+def deletion_words(transfer: dict[str, Any]) -> str:
+    """What deletion changed on calibration text, from a transfer's record; no full stop.
+
+    Where the layers were closed before, nothing was measured twice: deletion is then the identity.
+    """
+    dense, after = transfer["loss_dense"], transfer["loss_after_deletion"]
+    left = max(transfer["residual_difference"].values())
+    if left == 0.0:
+        return (
+            f"calibration loss {dense:.4f} nats dense, {after:.4f} without the layers; they were "
+            "closed before the end of the training, so deletion changes nothing"
+        )
+    return (
+        f"calibration loss {dense:.4f} nats dense, {transfer['loss_before_deletion']:.4f} before "
+        f"deletion, {after:.4f} after ({transfer['jump_at_deletion']:+.4f}); the layers still moved "
+        f"the stream by up to {left:.2g} of its norm"
+    )
+
+
 def model_card(report: dict[str, Any]) -> str:
     """Markdown for a finished run's report (pipeline.prune)."""
     before, after = (report["num_hidden_layers"][key] for key in ("before", "after"))
@@ -39,11 +58,7 @@ def model_card(report: dict[str, Any]) -> str:
         )
     transfer = report["transfer"]
     if transfer:
-        lines.append(
-            f"- Calibration loss: {transfer['loss_dense']:.4f} nats dense, "
-            f"{transfer['loss_before_deletion']:.4f} before deletion, "
-            f"{transfer['loss_after_deletion']:.4f} after"
-        )
+        lines.append(f"- Deletion: {deletion_words(transfer)}")
     if report["command"]:
         lines.append(f"- Command: `{report['command']}`")
     lines += ["", "Recipe: `recipe.yaml`. Layer map: `layer_map.json`. Checksums: `manifest.json`."]
