@@ -35,8 +35,8 @@ def deletion_words(transfer: dict[str, Any]) -> str:
         )
     return (
         f"calibration loss {dense:.4f} nats dense, {transfer['loss_before_deletion']:.4f} before "
-        f"deletion, {after:.4f} after ({transfer['jump_at_deletion']:+.4f}); the layers still moved "
-        f"the stream by up to {left:.2g} of its norm"
+        f"deletion, {after:.4f} after ({transfer['jump_at_deletion']:+.4f}); the layers still "
+        f"moved the stream by up to {left:.2g} of its norm"
     )
 
 

@@ -91,8 +91,8 @@ class Run:
                     f"out of memory in {name}: go on with --resume --set "
                     "transfer.micro_batch_size=1 --set transfer.checkpoint_activations=true; "
                     "where 16 bytes a parameter do not fit, start anew with --set "
-                    "transfer.lora.rank=16; where the refit's sums do not (8 bytes times the MLP's "
-                    "width squared for each run of layers), with --set transfer.closing=at_once "
+                    "transfer.lora.rank=16; where local distillation does not (16 bytes for each "
+                    "parameter of the layers that learn), with --set transfer.closing=at_once "
                     "(in selection: a smaller selection.batch_size)"
                 ) from error
         self.costs[name] = cost.to_document()
