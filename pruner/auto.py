@@ -316,7 +316,9 @@ class _Search:
         """Twice the steps at the same depth and rate, and again while that is no tie."""
         factors = steps_factors(self.asked)
         if not factors:
-            why = "auto.max_steps_factor is 1" if self.asked.transfer.steps else "the refit alone"
+            why = (
+                "auto.max_steps_factor is 1" if self.asked.transfer.steps else "transfer.steps is 0"
+            )
             self._decide("steps", str(self._steps(shorter)), f"not searched: {why}")
             return shorter
         assert shorter.loss is not None, "the best rate's transfer finished"

@@ -233,9 +233,12 @@ def describe(
         )
     if has_text and recipe.transfer.enabled:
         kind = f"LoRA rank {recipe.transfer.lora.rank}" if recipe.transfer.lora else "all weights"
+        local = ""
+        if recipe.transfer.closing == "local":
+            local = f"{recipe.transfer.num_local_steps} steps of local distillation, then "
         lines.append(
-            f"transfer   {recipe.transfer.steps} steps of {recipe.transfer.batch_size} sequences, "
-            f"{kind}"
+            f"transfer   {local}{recipe.transfer.steps} steps of {recipe.transfer.batch_size} "
+            f"sequences, {kind}"
         )
     if recipe.auto is not None:
         num_held_out = count_held_out(num_sequences, recipe.auto.held_out)

@@ -70,6 +70,10 @@ class LoraRecipe(_Section):
     alpha: int = Field(32, ge=1)
 
 
+# Steps of local distillation where no training follows.
+LOCAL_STEPS_ALONE = 128
+
+
 class TransferRecipe(_Section):
     """Stage 2: move the knowledge before deletion (transfer.py)."""
 
@@ -91,7 +95,9 @@ class TransferRecipe(_Section):
     norm_units: Literal["relative", "absolute"] = "relative"
     ramp_fraction: float = Field(0.0, ge=0, le=1, description="lambda2 grows from 0 over this part")
     closing: Closing = "local"
-    local_steps: int = Field(128, ge=1, description="of local distillation")
+    local_steps: int | None = Field(
+        None, ge=1, description="of local distillation; None: as steps, with 0 steps 128"
+    )
     local_learning_rate: float | None = Field(
         None, gt=0, description="of local distillation; None: 0.8 / hidden size"
     )
@@ -104,6 +110,11 @@ class TransferRecipe(_Section):
     checkpoint_activations: bool = False
     fuse_norms: FuseNorms = Field("auto", description="auto: on CUDA without checkpointing")
     lora: LoraRecipe | None = None
+
+    @property
+    def num_local_steps(self) -> int:
+        """Steps of local distillation, where it is what closes the layers."""
+        return self.local_steps or self.steps or LOCAL_STEPS_ALONE
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Self:

@@ -178,7 +178,7 @@ def _start(
                 gated,
                 input_ids,
                 dropped,
-                steps=recipe.local_steps,
+                steps=recipe.num_local_steps,
                 batch_size=recipe.batch_size,
                 micro_batch_size=micro,
                 rate=lambda step: local_learning_rate(recipe, text_config(model).hidden_size, step),
@@ -242,7 +242,7 @@ def local_learning_rate(recipe: TransferRecipe, hidden_size: int, step: int) -> 
     half a little worse; three times of it diverged.
     """
     peak = recipe.local_learning_rate or 0.8 / hidden_size
-    return _scheduled(peak, recipe.warmup_fraction, recipe.local_steps, step)
+    return _scheduled(peak, recipe.warmup_fraction, recipe.num_local_steps, step)
 
 
 def _scheduled(peak: float, warmup_fraction: float, steps: int, step: int) -> float:

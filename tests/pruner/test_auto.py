@@ -189,7 +189,7 @@ def test_without_steps_no_rate_and_no_more_steps_are_tried() -> None:
     search.asked, search.trials, search.decisions = recipe, made, []
     assert search._by_learning_rate(made.make(2)).factor == 1.0
     assert search._by_steps(made.make(2)).steps_factor == 1
-    assert search.decisions[-1].reason == "not searched: the refit alone"
+    assert search.decisions[-1].reason == "not searched: transfer.steps is 0"
 
 
 @pytest.mark.parametrize("max_transfers", [1, 2])

@@ -194,3 +194,13 @@ def test_the_rate_is_llm_streamlines_by_width() -> None:
     assert rates[-1] == pytest.approx(2e-5, rel=0.03)
     own = recipe.model_copy(update={"local_learning_rate": 1e-3})
     assert max(local_learning_rate(own, 4096, step) for step in range(100)) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [({"steps": 6}, 6), ({"steps": 0}, 128), ({"steps": 6, "local_steps": 3}, 3)],
+)
+def test_it_takes_as_many_steps_as_the_training_behind_it(
+    settings: dict[str, int], number: int
+) -> None:
+    assert TransferRecipe.model_validate(settings).num_local_steps == number
