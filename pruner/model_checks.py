@@ -114,17 +114,21 @@ class ModelChecks:
         self._continuations = [continue_with_cache(self._model, probe) for probe in self._probes]
         self._uncached = self._logits_of_continuations()
         found = difference([given.logits for given in self._continuations], self._uncached)
-        same = agreement(self._probes, self._tokens(), self._uncached)
+        recurrent = self._is_recurrent()
+        ties = RECURRENT_CACHE_TOLERANCE if recurrent else TIE_TOLERANCE
+        same = agreement(self._probes, self._tokens(), self._uncached, ties)
         measured = {**found.measured(), **same.measured()}
         if same.first_mismatch:
-            raise CheckFailed(f"cache on and off: {same.first_mismatch}", measured, TIE_TOLERANCE)
+            raise CheckFailed(f"cache on and off: {same.first_mismatch}", measured, ties)
         detail = f"{same.in_words()} with the cache on and off; logits within {found.in_words()}"
-        kinds = getattr(text_config(self._model), "layer_types", None) or ()
-        recurrent = any(kind == "linear_attention" for kind in kinds)
         tolerance = RECURRENT_CACHE_TOLERANCE if recurrent else CACHE_TOLERANCE
         if not found.relative <= tolerance:
             raise CheckFailed(detail, measured, tolerance)
         return Finding(detail, measured, tolerance)
+
+    def _is_recurrent(self) -> bool:
+        kinds = getattr(text_config(self._model), "layer_types", None) or ()
+        return "linear_attention" in kinds
 
     def free(self) -> None:
         """Let go of the model in memory; the next one needs the room."""
@@ -176,7 +180,8 @@ class ModelChecks:
 
     def greedy(self) -> Finding:
         """Our greedy tokens, generated with a cache, are the masked reference's without one."""
-        same = agreement(self._probes, self._tokens(), self._logits_of_continuations())
+        ties = RECURRENT_CACHE_TOLERANCE if self._is_recurrent() else TIE_TOLERANCE
+        same = agreement(self._probes, self._tokens(), self._logits_of_continuations(), ties)
         return _equal_choices(same, f"{same.in_words()} as the masked reference without a cache")
 
     def logits_native(self, base: Checkpoint, dropped: Sequence[int]) -> Finding:
@@ -283,8 +288,8 @@ def _equal_choices(
 ) -> Finding:
     numbers = {**same.measured(), **(measured or {})}
     if same.first_mismatch:
-        raise CheckFailed(same.first_mismatch, numbers, TIE_TOLERANCE)
-    return Finding(detail, numbers, TIE_TOLERANCE)
+        raise CheckFailed(same.first_mismatch, numbers, same.tie_tolerance)
+    return Finding(detail, numbers, same.tie_tolerance)
 
 
 def _attributes(layer: nn.Module) -> dict[str, Any]:

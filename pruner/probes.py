@@ -86,18 +86,21 @@ class Agreement:
     """How often two models choose the same token given the same tokens before it.
 
     `ties`: choices that differ while the other model's logits of the two tokens are within
-    TIE_TOLERANCE of the logit scale. `first_mismatch`: where they differ otherwise, in words.
+    `tie_tolerance` of the logit scale. `first_mismatch`: where they differ otherwise, in words.
     """
 
     num_tokens: int
     num_ties: int
     first_mismatch: str | None
+    tie_tolerance: float = TIE_TOLERANCE
 
     def measured(self) -> dict[str, float]:
         return {"num_tokens": self.num_tokens, "num_ties": self.num_ties}
 
     def in_words(self) -> str:
-        ties = f", {self.num_ties} of them ties within {TIE_TOLERANCE:g}" if self.num_ties else ""
+        ties = ""
+        if self.num_ties:
+            ties = f", {self.num_ties} of them ties within {self.tie_tolerance:g}"
         return f"{self.num_tokens} greedy tokens{ties}"
 
 
@@ -211,7 +214,10 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
 
 
 def agreement(
-    probes: Sequence[Probe], tokens: Sequence[Tensor], logits: Sequence[Tensor]
+    probes: Sequence[Probe],
+    tokens: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> Agreement:
     """Compare chosen `tokens` [N, S] with what `logits` [N, S, V] of the other model would choose.
 
@@ -226,7 +232,7 @@ def agreement(
         taken = offered.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
         margins = (best - taken) / scale
         differs = (offered.argmax(-1) != chosen) | margins.isnan()
-        mismatch = differs & ~(margins <= TIE_TOLERANCE)
+        mismatch = differs & ~(margins <= tie_tolerance)
         num_ties += int((differs & ~mismatch).sum())
         if first_mismatch is None and mismatch.any():
             sequence, step = mismatch.nonzero()[0].tolist()
@@ -235,7 +241,7 @@ def agreement(
                 f"{int(chosen[sequence, step])} against {int(offered[sequence, step].argmax())}, "
                 f"whose logit is higher by {float(margins[sequence, step]):.1e} of the scale"
             )
-    return Agreement(num_tokens, num_ties, first_mismatch)
+    return Agreement(num_tokens, num_ties, first_mismatch, tie_tolerance)
 
 
 def served_agreement(
