@@ -33,10 +33,17 @@ from trsp.pruner.compaction import compact
 from trsp.pruner.config_surgery import layers_that_must_stay, rewrite_config
 from trsp.pruner.console import ErrorsAsExitCodes
 from trsp.pruner.errors import RunError, UserError
+from trsp.pruner.families import text_config
 from trsp.pruner.family_registry import registry
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.layer_map import LayerMap
-from trsp.pruner.probes import agreement, continuation_logits, continue_with_cache, make_probes
+from trsp.pruner.probes import (
+    agreement,
+    continuation_logits,
+    continue_with_cache,
+    make_probes,
+    tie_tolerance,
+)
 from trsp.pruner.run import base_model_of
 
 PROPERTIES = ("masked", "cache", "again", "prefix", "composed")
@@ -174,7 +181,8 @@ def _check_cache(model: PreTrainedModel, where: str) -> None:
     given = [continue_with_cache(model, probe) for probe in probes]
     tokens = [continuation.tokens for continuation in given]
     uncached = [continuation_logits(model, p, t) for p, t in zip(probes, tokens, strict=True)]
-    mismatch = agreement(probes, tokens, uncached).first_mismatch
+    ties = tie_tolerance(text_config(model))
+    mismatch = agreement(probes, tokens, uncached, ties).first_mismatch
     assert not mismatch, f"cache, {where}: {mismatch}"
 
 

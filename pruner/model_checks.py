@@ -20,7 +20,7 @@ from trsp.pruner.families import decoder_layers, text_config
 from trsp.pruner.folder_checks import CheckFailed, CheckSkipped, Finding
 from trsp.pruner.gated_model import GatedModel
 from trsp.pruner.probes import (
-    TIE_TOLERANCE,
+    RECURRENT_TOLERANCE,
     Agreement,
     Continuation,
     Probe,
@@ -28,9 +28,11 @@ from trsp.pruner.probes import (
     continuation_logits,
     continue_with_cache,
     difference,
+    is_recurrent,
     logits_of,
     make_probes,
     served_agreement,
+    tie_tolerance,
 )
 from trsp.pruner.vllm_process import generate_greedily
 
@@ -38,9 +40,6 @@ from trsp.pruner.vllm_process import generate_greedily
 LOGIT_TOLERANCE = 1e-5
 # With and without a cache the same sums run in other orders; see TIE_TOLERANCE.
 CACHE_TOLERANCE = 1e-4
-# Linear attention computes a prompt in chunks and a token from its state, by other formulas: 1.7e-4
-# on a dense pico Qwen3-Next.
-RECURRENT_CACHE_TOLERANCE = 1e-3
 # In a checkpoint's own 16-bit dtype one rounding of the largest logit is allowed.
 NATIVE_TOLERANCES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -114,21 +113,17 @@ class ModelChecks:
         self._continuations = [continue_with_cache(self._model, probe) for probe in self._probes]
         self._uncached = self._logits_of_continuations()
         found = difference([given.logits for given in self._continuations], self._uncached)
-        recurrent = self._is_recurrent()
-        ties = RECURRENT_CACHE_TOLERANCE if recurrent else TIE_TOLERANCE
+        config = text_config(self._model)
+        ties = tie_tolerance(config)
         same = agreement(self._probes, self._tokens(), self._uncached, ties)
         measured = {**found.measured(), **same.measured()}
         if same.first_mismatch:
             raise CheckFailed(f"cache on and off: {same.first_mismatch}", measured, ties)
         detail = f"{same.in_words()} with the cache on and off; logits within {found.in_words()}"
-        tolerance = RECURRENT_CACHE_TOLERANCE if recurrent else CACHE_TOLERANCE
+        tolerance = RECURRENT_TOLERANCE if is_recurrent(config) else CACHE_TOLERANCE
         if not found.relative <= tolerance:
             raise CheckFailed(detail, measured, tolerance)
         return Finding(detail, measured, tolerance)
-
-    def _is_recurrent(self) -> bool:
-        kinds = getattr(text_config(self._model), "layer_types", None) or ()
-        return "linear_attention" in kinds
 
     def free(self) -> None:
         """Let go of the model in memory; the next one needs the room."""
@@ -180,7 +175,7 @@ class ModelChecks:
 
     def greedy(self) -> Finding:
         """Our greedy tokens, generated with a cache, are the masked reference's without one."""
-        ties = RECURRENT_CACHE_TOLERANCE if self._is_recurrent() else TIE_TOLERANCE
+        ties = tie_tolerance(text_config(self._model))
         same = agreement(self._probes, self._tokens(), self._logits_of_continuations(), ties)
         return _equal_choices(same, f"{same.in_words()} as the masked reference without a cache")
 
