@@ -186,6 +186,14 @@ def test_transfer_begins_with_it_and_the_teacher_is_the_model_before_it(
     assert result.steps[0]["distill_loss"] == pytest.approx(float(kl), rel=1e-4)
 
 
+def test_it_learns_under_autocast_too(model: PreTrainedModel, tokens: Tensor) -> None:
+    recipe = TransferRecipe(steps=0, local_steps=24, batch_size=4, precision="bf16")
+    result = transfer(model, tokens, recipe, dropped=DROPPED, seed=0)
+    assert result.refits[0].explained is not None
+    assert result.refits[0].explained > 0.1
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
 def test_the_rate_is_llm_streamlines_by_width() -> None:
     recipe = TransferRecipe(local_steps=100, warmup_fraction=0.1)
     rates = [local_learning_rate(recipe, 4096, step) for step in range(100)]
