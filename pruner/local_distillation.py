@@ -32,6 +32,8 @@ from trsp.pruner.progress import Progress, silent
 from trsp.pruner.refit import Refit, runs_of
 from trsp.pruner.sampling import batch_indices
 
+# A layer that did not come closer tries again at this part of the rate.
+RETRY_FACTOR = 0.25
 # Steps at the end whose mean error is what was reached.
 _LAST_STEPS = 8
 
@@ -64,18 +66,21 @@ def local_distillation(
     Returns:
         One entry a run, from the first layer up; `explained` is measured on the last steps'
         sequences. A run that begins at layer 0 is left without and says so, and so is one whose
-        layer does not come closer to it: that layer keeps its weights.
+        layer does not come closer to it, at a quarter of the rate neither: it keeps its weights.
     Raises:
         RunError: a loss that is not finite; no weight has been changed then.
     """
     found: dict[int, Refit] = {}
     students: list[_Student] = []
+    learned: list[_Student] = []
     for first, last in runs_of(dropped):
         if first == 0:
             found[first] = Refit(first, last, None, "no layer stands before it")
         else:
             students.append(_Student(first, last, gated.layers[first - 1]))
-    if students:
+    for factor in (1.0, RETRY_FACTOR):
+        if not students:
+            break
         parameters = [value for student in students for value in student.weights.values()]
         optimizer = torch.optim.AdamW(
             parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=weight_decay
@@ -93,11 +98,19 @@ def local_distillation(
                         (error * len(part) / batch_size).backward()
                         what = f"the local loss of layer {student.first - 1}"
                         require_finite(error.item(), what, step, sequences)
-            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.param_groups[0]["lr"] = factor * rate(step)
             optimizer.step()
             progress("local distillation", step + 1, steps)
-    for student in students:
-        found[student.first] = student.finish()
+        found |= {student.first: student.judged() for student in students}
+        learned += [student for student in students if found[student.first].explained is not None]
+        students = [
+            _Student(student.first, student.last, student.layer)
+            for student in students
+            if found[student.first].explained is None
+        ]
+    # Only now: all of them learn from the model as it came.
+    for student in learned:
+        student.hand_over()
     return tuple(found[first] for first in sorted(found))
 
 
@@ -147,19 +160,23 @@ class _Student:
         self.errors.append((error.item(), before.item()))
         return error
 
-    @torch.no_grad()
-    def finish(self) -> Refit:
-        """Put the weights into the layer, where they are better than its own."""
+    def judged(self) -> Refit:
+        """What was reached, over the last steps."""
         after, before = (sum(column) for column in zip(*self.errors[-_LAST_STEPS:], strict=True))
         if before > 0 and not after < before:
             reason = (
                 f"layer {self.first - 1} came no closer to them ({after / before:.2f} of the "
-                "error before); try a lower transfer.local_learning_rate"
+                "error before), at a quarter of the rate neither; try a lower "
+                "transfer.local_learning_rate"
             )
             return Refit(self.first, self.last, None, reason)
+        return Refit(self.first, self.last, 1.0 - after / before if before > 0 else 1.0)
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Put the weights into the layer."""
         for name, parameter in self.layer.named_parameters():
             parameter.copy_(self.weights[name])
-        return Refit(self.first, self.last, 1.0 - after / before if before > 0 else 1.0)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from trsp.pruner.activations import residual_stream
 from trsp.pruner.errors import RunError
 from trsp.pruner.gated_model import GatedModel
-from trsp.pruner.local_distillation import local_distillation
+from trsp.pruner.local_distillation import RETRY_FACTOR, _Student, local_distillation
 from trsp.pruner.recipe import TransferRecipe
+from trsp.pruner.refit import Refit
 from trsp.pruner.sampling import batch_indices
 from trsp.pruner.transfer import local_learning_rate, transfer
 
@@ -113,6 +114,32 @@ def test_a_layer_that_does_not_learn_keeps_its_weights_and_says_so(
     assert "layer 1 came no closer" in found.reason
     assert "transfer.local_learning_rate" in found.reason
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_rate_that_is_too_high_is_tried_again_at_a_quarter(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    """Only by the layer that needs it, and from the dense model still."""
+    both, alone = copy.deepcopy(model), copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        judged = _Student.judged
+        seen: list[int] = []
+
+        def fails_once(student: _Student) -> Refit:
+            seen.append(student.first)
+            if seen == [2, 4]:
+                return Refit(student.first, student.last, None, "not yet")
+            return judged(student)
+
+        patch.setattr(_Student, "judged", fails_once)
+        found = distilled(model, tokens, (2, 4))
+    assert seen == [2, 4, 4]
+    assert all(entry.explained is not None for entry in found)
+    distilled(both, tokens, (2, 4))
+    distilled(alone, tokens, (4,), rate=lambda step: RETRY_FACTOR * RATE)
+    for layer, other in ((1, both), (3, alone)):
+        for name, value in model.model.layers[layer].named_parameters():
+            torch.testing.assert_close(value, other.model.layers[layer].get_parameter(name))
 
 
 def test_layers_that_do_nothing_are_taken_over_whole(
