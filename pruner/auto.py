@@ -2,11 +2,11 @@
 
 In order: lambda1, by how well the orders of layers from two halves of the text agree, which is
 measured where nothing depends on it too; the removal order, every prefix of it measured without
-recovery; the depth, by bisection where a quality budget
-asks for it (quality is taken to fall with depth); the learning rate at that depth; the steps, at
-that depth and rate, doubled while it helps. A resumed search goes through the same decisions and
-finds done what is done (auto_trials.py). No optimizer library (optuna) chooses what to try: at most
-8 evaluations of one or two parameters leave a sampler nothing to learn.
+recovery; the depth, by bisection where a quality budget asks for it (quality is taken to fall with
+depth); the learning rate at that depth; the steps, at that depth and rate, doubled while it helps.
+A resumed search goes through the same decisions and finds done what is done (auto_trials.py). No
+optimizer library (optuna) chooses what to try: at most 8 evaluations of one or two parameters leave
+a sampler nothing to learn.
 """
 
 from dataclasses import dataclass, replace
