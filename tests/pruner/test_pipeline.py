@@ -151,7 +151,7 @@ def test_named_layers_without_text_are_only_compacted(
     [
         ("loss without, round 1/2", 3),
         ("loss without, round 2/2", 1),
-        ("refitting", 2),
+        ("local distillation", 2),
         ("recording the teacher", 4),
         ("transfer", 1),
         ("transfer", 4),

@@ -40,7 +40,8 @@ FAST = (
     "calibration.num_sequences=8", "calibration.sequence_length=32",
     "selection.first_round_steps=2", "selection.round_steps=2", "selection.batch_size=2",
     "selection.num_candidates=2", "selection.verification_sequences=4",
-    "transfer.steps=2", "transfer.batch_size=2", "evaluation.window=64",
+    "transfer.steps=2", "transfer.batch_size=2", "transfer.closing=at_once",
+    "evaluation.window=64",
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
