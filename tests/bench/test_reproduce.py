@@ -301,7 +301,11 @@ def test_the_lists_name_methods_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
     for names in (reproduce.SELECTIONS, reproduce.TRAINED, reproduce.ABLATION):
         methods = [parse_method(name) for name in names]
         assert len(set(methods)) == len(names)
-    assert {parse_method(name).recovery for name in reproduce.SELECTIONS} == {None, "refit", "local"}
+    assert {parse_method(name).recovery for name in reproduce.SELECTIONS} == {
+        None,
+        "refit",
+        "local",
+    }
     assert all(parse_method(name).recovery for name in (*reproduce.TRAINED, *reproduce.ABLATION))
     alone = {name for name in DEFAULT_METHODS if parse_method(name).recovery is None}
     assert alone <= set(reproduce.SELECTIONS)
