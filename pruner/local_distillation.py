@@ -34,8 +34,8 @@ from trsp.pruner.sampling import batch_indices
 
 # A layer that did not come closer tries again at this part of the rate.
 RETRY_FACTOR = 0.25
-# Steps at the end whose mean error is what was reached.
-_LAST_STEPS = 8
+# Forward passes at the end whose mean error is what was reached.
+_LAST_PASSES = 8
 
 
 def local_distillation(
@@ -64,8 +64,8 @@ def local_distillation(
         seed: which sequences each step sees.
         autocast: a context for every forward pass.
     Returns:
-        One entry a run, from the first layer up; `explained` is measured on the last steps'
-        sequences. A run that begins at layer 0 is left without and says so, and so is one whose
+        One entry a run, from the first layer up; `explained` is measured on the last forward
+        passes. A run that begins at layer 0 is left without and says so, and so is one whose
         layer does not come closer to it, at a quarter of the rate neither: it keeps its weights.
     Raises:
         RunError: a loss that is not finite; no weight has been changed then.
@@ -121,8 +121,8 @@ class _Student:
     Attributes:
         args, kwargs: what the layer was called with.   output: what it gave.
         target: what stood behind the run.
-        errors: by step, ||f(x) - target||^2 and, of the layer as it came, ||output - target||^2,
-            both over ||target - x||^2.
+        errors: by forward pass, ||f(x) - target||^2 and, of the layer as it came,
+            ||output - target||^2, both over ||target - x||^2.
     """
 
     first: int
@@ -161,8 +161,8 @@ class _Student:
         return error
 
     def judged(self) -> Refit:
-        """What was reached, over the last steps."""
-        after, before = (sum(column) for column in zip(*self.errors[-_LAST_STEPS:], strict=True))
+        """What was reached, over the last forward passes."""
+        after, before = (sum(column) for column in zip(*self.errors[-_LAST_PASSES:], strict=True))
         if before > 0 and not after < before:
             reason = (
                 f"layer {self.first - 1} came no closer to them ({after / before:.2f} of the "
