@@ -15,6 +15,9 @@ from trsp.serving.server_process import end_with_parent
 
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.1
+# A killed process takes a moment to give its memory back; one that nobody reaps, as in a container
+# without an init, keeps its group for ever.
+_DYING_SECONDS = 5.0
 _LOG_TAIL_BYTES = 65536
 _MAX_LINE = 300
 # A log's last lines are often a shutdown's; what went wrong stands in a line such as these.
@@ -69,7 +72,10 @@ class ProcessGroup:
         return " | ".join(line[-_MAX_LINE:] for line in chosen)
 
     def stop(self) -> int:
-        """End the whole group, politely first, and return the leader's exit code."""
+        """End the whole group, politely first, and return the leader's exit code.
+
+        It returns when nobody is left in the group: the next engine needs this one's memory.
+        """
         try:
             self._signal(signal.SIGTERM)
             deadline = time.monotonic() + _GRACE_SECONDS
@@ -80,7 +86,19 @@ class ProcessGroup:
             # still its group's.
             self._signal(signal.SIGKILL)
             self._stopped = True
-        return self.process.wait()
+        code = self.process.wait()
+        deadline = time.monotonic() + _DYING_SECONDS
+        while self._is_anyone_left() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS / 10)
+        return code
+
+    def _is_anyone_left(self) -> bool:
+        """Whether the group of a reaped leader has members; those not reaped yet count on Linux."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def _signal(self, number: signal.Signals) -> None:
         # Without waitid the leader is reaped as soon as it is seen to have ended, its group is not.
