@@ -28,7 +28,13 @@ from trsp.bench.audit_record import (
     Losses,
     Sums,
 )
-from trsp.bench.audit_texts import audit_warnings, calibration_bits, refuse_calibration_text
+from trsp.bench.audit_texts import (
+    audit_warnings,
+    calibration_bits,
+    calibration_ids,
+    overlaps_with_calibration,
+    refuse_calibration_text,
+)
 from trsp.bench.generation_checks import Models, check_sums, measure_generation
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.record import environment
@@ -116,11 +122,17 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         for checkpoint in checkpoints
     )
     _require_alike(dense, pruned, options)
+    texts = {name: _windows(name, dense, tokenizer, options, progress) for name in options.data}
+    calibration = calibration_ids(options.pruned, tokenizer, progress)
+    overlaps, warnings = overlaps_with_calibration(
+        calibration, {name: windows.ids for name, windows in texts.items()}, tokenizer
+    )
     domains: list[Domain] = []
     # Sums depend on no text: asked once, told in every domain.
     sums: list[Sums] | None = None
-    for name, paths in options.data.items():
-        domains.append(_domain(name, paths, dense, pruned, tokenizer, sums, options, progress))
+    for name, windows in texts.items():
+        found = _domain(name, windows, dense, pruned, tokenizer, sums, options, progress)
+        domains.append(found.model_copy(update={"overlap": overlaps.get(name)}))
         if domains[-1].generation is not None:
             sums = domains[-1].generation.sums
     outcomes = judge(criteria, domains) if criteria else []
@@ -133,7 +145,8 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         outcomes=outcomes,
         passed=all(outcome.passed for outcome in outcomes) if outcomes else None,
         environment=environment(),
-        warnings=audit_warnings({one.name: one.bits_per_byte for one in domains}, known_bits),
+        warnings=warnings
+        + audit_warnings({one.name: one.bits_per_byte for one in domains}, known_bits),
     )
 
 
@@ -174,9 +187,32 @@ def frequency_bands(rows: TokenLosses, counts: Mapping[int, int]) -> list[Band]:
     return bands
 
 
+def _windows(
+    name: str,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: AuditOptions,
+    progress: Progress,
+) -> Windows:
+    return cut_windows(
+        dense,
+        tokenizer,
+        [str(path) for path in options.data[name]],
+        window=options.window,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        text_field=options.text_field,
+        progress=_labelled(name, progress),
+    )
+
+
+def _labelled(name: str, progress: Progress) -> Progress:
+    return lambda task, completed, total: progress(f"{name}: {task}", completed, total)
+
+
 def _domain(
     name: str,
-    paths: Sequence[Path],
+    windows: Windows,
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -184,19 +220,7 @@ def _domain(
     options: AuditOptions,
     progress: Progress,
 ) -> Domain:
-    def labelled(task: str, completed: int, total: int) -> None:
-        progress(f"{name}: {task}", completed, total)
-
-    windows = cut_windows(
-        dense,
-        tokenizer,
-        [str(path) for path in paths],
-        window=options.window,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        text_field=options.text_field,
-        progress=labelled,
-    )
+    labelled = _labelled(name, progress)
     rows = compare_tokens(dense, pruned, windows, labelled)
     losses = summarize(rows)
     counts = Counter(windows.ids.tolist())
@@ -222,7 +246,7 @@ def _domain(
         )
     return Domain(
         name=name,
-        files=[path.name for path in paths],
+        files=[path.name for path in options.data[name]],
         protocol=asdict(windows.protocol),
         dense_perplexity=exp_loss(losses.dense),
         pruned_perplexity=exp_loss(losses.pruned),

@@ -144,6 +144,8 @@ def show_audit(record: "AuditRecord") -> None:
             )
     console.print(bands)
     for domain in record.domains:
+        console.print(overlap_line(domain), markup=False)
+    for domain in record.domains:
         for example in domain.examples[:3]:
             console.print(
                 f"{domain.name}: ...{example.before[-60:]!r} then {example.token!r}: loss "
@@ -164,6 +166,19 @@ def show_audit(record: "AuditRecord") -> None:
         )
     if record.passed is not None:
         console.print("accepted" if record.passed else "NOT accepted")
+
+
+def overlap_line(domain: "Domain") -> str:
+    """How much of a text the pruned model has seen, or that nobody could tell."""
+    if domain.overlap is None:
+        return (
+            f"{domain.name}: overlap with the calibration text was not measured: its files, as "
+            "the pruned folder names them, are not here or hold something else"
+        )
+    return (
+        f"{domain.name}: {domain.overlap.share:.2%} of its {domain.overlap.n}-token runs stand in "
+        "the calibration text"
+    )
 
 
 def generation_lines(domain: "Domain") -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError, first_problem
+from trsp.pruner.text_checks import Overlap
 
 _MAX_BYTES = 2**26
 Count = Annotated[int, Field(ge=0)]
@@ -231,6 +232,8 @@ class Domain(_Frozen):
     generation: Generation | None = None
     # The dense model's; None also in older records.
     bits_per_byte: float | None = None
+    # With the calibration text; None where that could not be drawn again, and in older records.
+    overlap: Overlap | None = None
 
 
 class Outcome(_Frozen):

@@ -4,10 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from trsp.pruner.bounded_json import read_json_object
+from trsp.pruner.calibration import build_calibration
+from trsp.pruner.errors import UserError
 from trsp.pruner.layer_map import read_layer_map
+from trsp.pruner.progress import Progress, silent
 from trsp.pruner.self_text import SELF
-from trsp.pruner.text_checks import kind_warnings, refuse_same_files, unknown_text_warnings
+from trsp.pruner.text_checks import (
+    WARNED_SHARE,
+    Overlap,
+    describe_overlap,
+    kind_warnings,
+    refuse_same_files,
+    require_no_overlap,
+    unknown_text_warnings,
+)
 from trsp.pruner.text_files import TextError, find_files, unpacked_blocks
 
 _LAYER_MAP_NAME = "layer_map.json"
@@ -28,6 +42,68 @@ def refuse_calibration_text(pruned: Path, data: Mapping[str, Sequence[Path]]) ->
     sources = _calibration_files(pruned)
     for paths in data.values() if sources else ():
         refuse_same_files(sources, paths, remedy=_REMEDY)
+
+
+def calibration_ids(
+    pruned: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent
+) -> Tensor | None:
+    """The calibration sequences [N, T], drawn again from the files that the layer map names.
+
+    None where they are not to be had: the map names none, the model wrote the text itself, or what
+    is drawn has another hash than the map says, as where a file is gone.
+
+    Raises:
+        UserError: layer map or report is broken.
+    """
+    sources = _calibration_files(pruned)
+    if not sources:
+        return None
+    layer_map = read_layer_map(pruned / _LAYER_MAP_NAME, sublayers=True)
+    told = layer_map.calibration or {}
+    settings: Any = layer_map.method
+    for key in ("recipe", "calibration"):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    field = settings.get("text_field") if isinstance(settings, dict) else None
+    count, length, seed = (told.get(name) for name in ("num_sequences", "sequence_length", "seed"))
+    if not (isinstance(count, int) and isinstance(length, int) and isinstance(seed, int)):
+        return None
+    try:
+        drawn = build_calibration(
+            sources,
+            tokenizer,
+            num_sequences=count,
+            sequence_length=length,
+            seed=seed,
+            text_field=str(field or "text"),
+            progress=progress,
+        )
+    except UserError:
+        # The files are others by now: too short, or without that field.
+        return None
+    return drawn.input_ids if drawn.sha256 == told.get("sha256") else None
+
+
+def overlaps_with_calibration(
+    calibration: Tensor | None, texts: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Overlap], list[str]]:
+    """What each text [S] has in common with the sequences [N, T], and warnings where that is much.
+
+    Both are empty where the sequences are not known.
+
+    Raises:
+        UserError: it is too much.
+    """
+    if calibration is None:
+        return {}, []
+    overlaps: dict[str, Overlap] = {}
+    warnings = []
+    for name, ids in texts.items():
+        called = f"the text {name}"
+        found = require_no_overlap(calibration, ids, tokenizer, held_out=called, remedy=_REMEDY)
+        overlaps[name] = found
+        if found.share > WARNED_SHARE:
+            warnings.append(describe_overlap(found, ids, tokenizer, held_out=called))
+    return overlaps, warnings
 
 
 def audit_warnings(bits: Mapping[str, float | None], calibration: float | None) -> list[str]:

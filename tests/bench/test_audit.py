@@ -17,19 +17,20 @@ from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from trsp.bench.audit import AuditOptions, audit, frequency_bands, summarize
-from trsp.bench.audit_cli import generation_lines
+from trsp.bench.audit_cli import generation_lines, overlap_line
 from trsp.bench.audit_record import AuditRecord, Domain, Sums, read_audit_record
-from trsp.bench.audit_texts import calibration_bits, refuse_calibration_text
+from trsp.bench.audit_texts import calibration_bits, calibration_ids, refuse_calibration_text
 from trsp.bench.cli import app
 from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
 from trsp.bench.token_losses import TokenLosses, compare_tokens
 from trsp.pruner.api import compact, prune
-from trsp.pruner.checkpoint import load_model, open_checkpoint
+from trsp.pruner.checkpoint import load_model, load_tokenizer, open_checkpoint
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.evaluation import evaluate_perplexity
 from trsp.pruner.layer_map import LayerMap, read_layer_map, write_layer_map
 from trsp.pruner.run import base_model_of
+from trsp.pruner.token_ids import hash_ids
 from trsp.pruner.windows import cut_windows
 
 
@@ -469,6 +470,72 @@ def test_a_relative_path_starts_where_the_model_was_pruned(
         refuse_calibration_text(told_of(["train.txt"], {"out": out}), {"a": [here], "b": [there]})
 
 
+def test_the_calibration_sequences_are_drawn_again(
+    calibrated: tuple[Path, Path], told_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    pruned, data = calibrated
+    tokenizer = load_tokenizer(open_checkpoint(pruned))
+    told = read_layer_map(pruned / "layer_map.json").calibration
+    assert told is not None
+    ids = calibration_ids(pruned, tokenizer)
+    assert ids is not None
+    assert hash_ids(ids) == told["sha256"]
+    here = shutil.copy(data, tmp_path / "data.txt")
+    again = calibration_ids(told_of([str(here)]), tokenizer)
+    assert again is not None
+    assert torch.equal(again, ids)
+
+
+@pytest.mark.parametrize("content", ["other words " * 2000, "too short", None])
+def test_calibration_text_that_became_another_is_not_compared(
+    content: str | None, told_of: Callable[..., Path], calibrated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    here = Path(shutil.copy(calibrated[1], tmp_path / "data.txt"))
+    tokenizer = load_tokenizer(open_checkpoint(calibrated[0]))
+    folder = told_of([str(here)])
+    if content is None:
+        here.unlink()
+    else:
+        here.write_text(content)
+    assert calibration_ids(folder, tokenizer) is None
+    assert calibration_ids(told_of(["self"]), tokenizer) is None
+
+
+def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of(
+    pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
+) -> None:
+    """No file of it is a calibration file, only sentences are."""
+    pruned = calibrated[0]
+    tokenizer = load_tokenizer(open_checkpoint(pruned))
+    ids = calibration_ids(pruned, tokenizer)
+    assert ids is not None
+    held, seen = held_out_file.read_text(), str(tokenizer.decode(ids[0].tolist()))
+    mixed = tmp_path / "mixed.txt"
+    mixed.write_text(held[:200] + seen + held[200:400])
+    with pytest.raises(UserError, match="runs of the text held stand in the calibration text"):
+        audit(options(pico_llama, pruned, mixed, prompts=0))
+    mixed.write_text(held[:2000] + seen + held[2000:4000])
+    record = audit(options(pico_llama, pruned, mixed, prompts=0))
+    overlap = record.domains[0].overlap
+    assert overlap is not None
+    assert 0.01 < overlap.share < 0.1
+    assert "runs of the text held stand in the calibration text" in record.warnings[0]
+    assert f"held: {overlap.share:.2%} of its 13-token runs" in overlap_line(record.domains[0])
+    mixed.write_text("".join(random.Random(0).choices("abcdefgh ", k=2000)))
+    record = audit(options(pico_llama, pruned, mixed, prompts=0))
+    assert record.domains[0].overlap is not None
+    assert record.domains[0].overlap.share == 0
+    assert not any("stand in" in warning for warning in record.warnings)
+
+
+def test_an_overlap_that_could_not_be_measured_is_said(
+    pico_llama: Path, shallow: Path, held_out_file: Path
+) -> None:
+    (domain,) = audit(options(pico_llama, shallow, held_out_file, prompts=0)).domains
+    assert domain.overlap is None
+    assert "was not measured" in overlap_line(domain)
+
+
 def test_text_that_the_dense_model_hardly_knows_is_warned_of(
     pico_llama: Path, calibrated: tuple[Path, Path], held_out_file: Path, tmp_path: Path
 ) -> None:
@@ -482,8 +549,9 @@ def test_text_that_the_dense_model_hardly_knows_is_warned_of(
     record = json.loads(found.stdout)
     known, of_hex = (domain["bits_per_byte"] for domain in record["domains"])
     assert known < 2.5 < of_hex
-    assert len(record["warnings"]) == 1 + (of_hex > 1.6 * known)
-    unknown = record["warnings"][0]
+    told = [warning for warning in record["warnings"] if "stand in" not in warning]
+    assert len(told) == 1 + (of_hex > 1.6 * known)
+    unknown = told[0]
     assert unknown.startswith(f"the dense model needs {of_hex:.2f} bits per byte of the text hex")
     for warning in record["warnings"]:
         assert f"warning: {warning}" in found.stderr
@@ -498,7 +566,8 @@ def test_text_of_another_kind_than_the_calibration_text_is_warned_of(
     report["texts"]["bits_per_byte"]["calibration"] = 99.0
     shutil.copytree(calibrated[0], tmp_path, dirs_exist_ok=True)
     path.write_text(json.dumps(report))
-    (warning,) = audit(options(pico_llama, tmp_path, held_out_file, prompts=0)).warnings
+    warnings = audit(options(pico_llama, tmp_path, held_out_file, prompts=0)).warnings
+    (warning,) = (one for one in warnings if "stand in" not in one)
     assert warning.startswith("calibration and the text held are of different kinds")
     for content in ({"texts": 1}, {"texts": {"bits_per_byte": {"calibration": None}}}, {}):
         path.write_text(json.dumps(content))
