@@ -26,14 +26,15 @@ from trsp.bench.audit_record import (
     Example,
     Greedy,
     Losses,
+    SharedText,
     Sums,
 )
 from trsp.bench.audit_texts import (
     audit_warnings,
     calibration_bits,
-    calibration_ids,
-    overlaps_with_calibration,
+    overlaps,
     refuse_calibration_text,
+    seen_text,
 )
 from trsp.bench.generation_checks import Models, check_sums, measure_generation
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
@@ -112,6 +113,7 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         for folder in (options.dense, options.pruned)
     ]
     tokenizer = _common_tokenizer(checkpoints, options)
+    seen = seen_text(options.pruned, tokenizer, _labelled("calibration", progress))
     dense, pruned = (
         load_model(
             checkpoint,
@@ -123,16 +125,16 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
     )
     _require_alike(dense, pruned, options)
     texts = {name: _windows(name, dense, tokenizer, options, progress) for name in options.data}
-    calibration = calibration_ids(options.pruned, tokenizer, progress)
-    overlaps, warnings = overlaps_with_calibration(
-        calibration, {name: windows.ids for name, windows in texts.items()}, tokenizer
+    shared, warnings = overlaps(
+        seen, {name: windows.ids for name, windows in texts.items()}, tokenizer
     )
     domains: list[Domain] = []
     # Sums depend on no text: asked once, told in every domain.
     sums: list[Sums] | None = None
     for name, windows in texts.items():
         found = _domain(name, windows, dense, pruned, tokenizer, sums, options, progress)
-        domains.append(found.model_copy(update={"overlap": overlaps.get(name)}))
+        overlap = None if name not in shared else SharedText(**asdict(shared[name]))
+        domains.append(found.model_copy(update={"overlap": overlap}))
         if domains[-1].generation is not None:
             sums = domains[-1].generation.sums
     outcomes = judge(criteria, domains) if criteria else []
@@ -145,6 +147,7 @@ def audit(options: AuditOptions, progress: Progress = silent) -> AuditRecord:
         outcomes=outcomes,
         passed=all(outcome.passed for outcome in outcomes) if outcomes else None,
         environment=environment(),
+        overlap_unknown=seen.unknown,
         warnings=warnings
         + audit_warnings({one.name: one.bits_per_byte for one in domains}, known_bits),
     )

@@ -144,7 +144,7 @@ def show_audit(record: "AuditRecord") -> None:
             )
     console.print(bands)
     for domain in record.domains:
-        console.print(overlap_line(domain), markup=False)
+        console.print(overlap_line(domain, record.overlap_unknown), markup=False)
     for domain in record.domains:
         for example in domain.examples[:3]:
             console.print(
@@ -168,13 +168,10 @@ def show_audit(record: "AuditRecord") -> None:
         console.print("accepted" if record.passed else "NOT accepted")
 
 
-def overlap_line(domain: "Domain") -> str:
-    """How much of a text the pruned model has seen, or that nobody could tell."""
+def overlap_line(domain: "Domain", unknown: str | None) -> str:
+    """How much of a text the pruned model has seen, or why nobody could tell."""
     if domain.overlap is None:
-        return (
-            f"{domain.name}: overlap with the calibration text was not measured: its files, as "
-            "the pruned folder names them, are not here or hold something else"
-        )
+        return f"{domain.name}: overlap with the calibration text was not measured: {unknown}"
     return (
         f"{domain.name}: {domain.overlap.share:.2%} of its {domain.overlap.n}-token runs stand in "
         "the calibration text"

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError, first_problem
-from trsp.pruner.text_checks import Overlap
 
 _MAX_BYTES = 2**26
 Count = Annotated[int, Field(ge=0)]
@@ -216,6 +215,17 @@ class Generation(_Frozen):
     seconds: float
 
 
+class SharedText(_Frozen):
+    """What a text has in common with the calibration text: `text_checks.Overlap`."""
+
+    n: Count
+    num_ngrams: Count
+    share: Share
+    calibration_share: Share
+    longest_run: Count
+    longest_start: Count
+
+
 class Domain(_Frozen):
     """One text. `protocol`: what its losses hold for; see `windows.Protocol`."""
 
@@ -232,8 +242,8 @@ class Domain(_Frozen):
     generation: Generation | None = None
     # The dense model's; None also in older records.
     bits_per_byte: float | None = None
-    # With the calibration text; None where that could not be drawn again, and in older records.
-    overlap: Overlap | None = None
+    # None where the calibration text could not be drawn again, and in older records.
+    overlap: SharedText | None = None
 
 
 class Outcome(_Frozen):
@@ -258,6 +268,7 @@ class AuditRecord(_Frozen):
         passed: whether every criterion was met; None without any.
         environment: see `record.environment`.
         warnings: what speaks against the texts.
+        overlap_unknown: why the overlap with the calibration text was not measured.
     """
 
     schema_version: Literal[1] = 1
@@ -271,6 +282,7 @@ class AuditRecord(_Frozen):
     passed: bool | None
     environment: dict[str, Any]
     warnings: list[str] = []
+    overlap_unknown: str | None = None
 
 
 def read_audit_record(path: Path) -> AuditRecord:

@@ -1,6 +1,7 @@
 """What the pruned folder tells of its calibration text, held against the text of an audit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from trsp.pruner.bounded_json import read_json_object
 from trsp.pruner.calibration import build_calibration
 from trsp.pruner.errors import UserError
+from trsp.pruner.held_out import hold_out
 from trsp.pruner.layer_map import read_layer_map
 from trsp.pruner.progress import Progress, silent
+from trsp.pruner.recipe import read_recipe
 from trsp.pruner.self_text import SELF
 from trsp.pruner.text_checks import (
     WARNED_SHARE,
     Overlap,
     describe_overlap,
     kind_warnings,
+    overlap,
     refuse_same_files,
     require_no_overlap,
     unknown_text_warnings,
@@ -26,6 +30,7 @@ from trsp.pruner.text_files import TextError, find_files, unpacked_blocks
 
 _LAYER_MAP_NAME = "layer_map.json"
 _REPORT_NAME = "trsp_report.json"
+_RECIPE_NAME = "recipe.yaml"
 _MAX_REPORT_BYTES = 256 * 2**20
 _REMEDY = "name other files with --data"
 
@@ -39,71 +44,98 @@ def refuse_calibration_text(pruned: Path, data: Mapping[str, Sequence[Path]]) ->
     Raises:
         UserError: a text is calibration text, by place or content; layer map or report is broken.
     """
-    sources = _calibration_files(pruned)
-    for paths in data.values() if sources else ():
-        refuse_same_files(sources, paths, remedy=_REMEDY)
+    files = [file for source in _calibration_files(pruned) for file in source]
+    for paths in data.values() if files else ():
+        refuse_same_files(files, paths, remedy=_REMEDY)
 
 
-def calibration_ids(
+@dataclass(frozen=True)
+class SeenText:
+    """The calibration sequences.
+
+    Attributes:
+        input_ids: [N, T]; None where they could not be drawn again.
+        unknown: why not.
+        allowed: the run was told to go on with held-out text among them.
+    """
+
+    input_ids: Tensor | None
+    unknown: str | None = None
+    allowed: bool = False
+
+
+def seen_text(
     pruned: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent
-) -> Tensor | None:
-    """The calibration sequences [N, T], drawn again from the files that the layer map names.
+) -> SeenText:
+    """Draw the calibration sequences again, from the files and numbers that the folder tells.
 
-    None where they are not to be had: the map names none, the model wrote the text itself, or what
-    is drawn has another hash than the map says, as where a file is gone.
+    They are the same ones, by their hash in the layer map, or none.
 
     Raises:
-        UserError: layer map or report is broken.
+        UserError: layer map, report or recipe is broken.
     """
+    path = pruned / _LAYER_MAP_NAME
+    told = read_layer_map(path, sublayers=True).calibration if path.is_file() else None
+    if not told:
+        return SeenText(None, "the pruned folder has no layer map that names calibration text")
+    if told.get("source") == [SELF]:
+        return SeenText(None, "the dense model wrote the calibration text")
     sources = _calibration_files(pruned)
-    if not sources:
-        return None
-    layer_map = read_layer_map(pruned / _LAYER_MAP_NAME, sublayers=True)
-    told = layer_map.calibration or {}
-    settings: Any = layer_map.method
-    for key in ("recipe", "calibration"):
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    field = settings.get("text_field") if isinstance(settings, dict) else None
+    if not sources or not all(sources):
+        return SeenText(None, "calibration text that the layer map names is not to be read here")
     count, length, seed = (told.get(name) for name in ("num_sequences", "sequence_length", "seed"))
     if not (isinstance(count, int) and isinstance(length, int) and isinstance(seed, int)):
-        return None
+        return SeenText(None, "the layer map does not say how the calibration text was drawn")
+    recipe = pruned / _RECIPE_NAME
+    asked: dict[str, Any] = read_recipe(recipe) if recipe.is_file() else {}
+    settings = asked.get("calibration") or {}
+    search = asked.get("auto")
     try:
         drawn = build_calibration(
-            sources,
+            [file for source in sources for file in source],
             tokenizer,
-            num_sequences=count,
+            # A search keeps a part of what it draws for itself.
+            num_sequences=count if search is None else settings["num_sequences"],
             sequence_length=length,
             seed=seed,
-            text_field=str(field or "text"),
+            text_field=settings.get("text_field", "text"),
             progress=progress,
         )
-    except UserError:
-        # The files are others by now: too short, or without that field.
-        return None
-    return drawn.input_ids if drawn.sha256 == told.get("sha256") else None
+    except UserError as error:
+        return SeenText(None, f"the calibration text could not be drawn again: {error}")
+    if search is not None:
+        drawn = hold_out(drawn, search["held_out"], seed).training
+    if drawn.sha256 != told.get("sha256"):
+        return SeenText(None, "the calibration files hold another text by now")
+    allowed = bool((asked.get("evaluation") or {}).get("allow_overlap"))
+    return SeenText(drawn.input_ids, allowed=allowed)
 
 
-def overlaps_with_calibration(
-    calibration: Tensor | None, texts: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
+def overlaps(
+    seen: SeenText, texts: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Overlap], list[str]]:
-    """What each text [S] has in common with the sequences [N, T], and warnings where that is much.
+    """What each text [S] has in common with the sequences, and warnings where that is much.
 
     Both are empty where the sequences are not known.
 
     Raises:
-        UserError: it is too much.
+        UserError: it is too much, and the run was not told to allow that.
     """
-    if calibration is None:
+    if seen.input_ids is None:
         return {}, []
-    overlaps: dict[str, Overlap] = {}
+    found: dict[str, Overlap] = {}
     warnings = []
     for name, ids in texts.items():
         called = f"the text {name}"
-        found = require_no_overlap(calibration, ids, tokenizer, held_out=called, remedy=_REMEDY)
-        overlaps[name] = found
-        if found.share > WARNED_SHARE:
-            warnings.append(describe_overlap(found, ids, tokenizer, held_out=called))
-    return overlaps, warnings
+        if seen.allowed:
+            found[name] = overlap(seen.input_ids, ids)
+        else:
+            found[name] = require_no_overlap(
+                seen.input_ids, ids, tokenizer, held_out=called, remedy=_REMEDY
+            )
+        if found[name].share > WARNED_SHARE or found[name].too_much:
+            warnings.append(describe_overlap(found[name], ids, tokenizer, held_out=called))
+    return found, warnings
 
 
 def audit_warnings(bits: Mapping[str, float | None], calibration: float | None) -> list[str]:
@@ -136,8 +168,8 @@ def _report(pruned: Path) -> dict[str, Any]:
     return read_json_object(path, max_bytes=_MAX_REPORT_BYTES) if path.is_file() else {}
 
 
-def _calibration_files(pruned: Path) -> list[Path]:
-    """The calibration files that the layer map names and that can be read here."""
+def _calibration_files(pruned: Path) -> list[list[Path]]:
+    """The files of each source that the layer map names; none of one that cannot be read here."""
     path = pruned / _LAYER_MAP_NAME
     if not path.is_file():
         return []
@@ -145,17 +177,19 @@ def _calibration_files(pruned: Path) -> list[Path]:
     if not isinstance(named, list) or named == [SELF]:
         return []
     start = _working_folder(pruned)
-    files: list[Path] = []
-    for source in map(str, named):
-        if start is None and not Path(source).is_absolute():
-            continue
-        try:
-            found = find_files([(start or Path()) / source])
-            for file in found:
-                next(unpacked_blocks(file, 1), b"")
-        except (TextError, OSError):
-            continue
-        files += found
+    return [_readable(start, str(source)) for source in named]
+
+
+def _readable(start: Path | None, source: str) -> list[Path]:
+    """The text files of a source; none where one cannot be read, or nobody knows where it is."""
+    if start is None and not Path(source).is_absolute():
+        return []
+    try:
+        files = find_files([(start or Path()) / source])
+        for file in files:
+            next(unpacked_blocks(file, 1), b"")
+    except (TextError, OSError):
+        return []
     return files
 
 

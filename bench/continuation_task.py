@@ -4,8 +4,9 @@
 
 For `trsp tasks` and `trsp compare --task`, offline and in the domain that counts. The form is
 HellaSwag's (arXiv 1905.07830), without its adversarial filter: the wrong choices are what really
-follows other contexts of the same task, so that no passage is more often right than another and a
-model that does not look at the context is at chance.
+follows other contexts of the same task, so that, where all of it is asked, each passage is right
+once and a model that does not look at the context is at chance. Lines and runs of white space
+become single spaces: for code or verse this is not the text's own form.
 """
 
 import json
@@ -38,43 +39,44 @@ def continuation_items(
 
     Args:
         documents: texts; no passage goes from one into the next.
+        num_items: at least num_choices.
         num_choices: at least 2, one of them right.
     Raises:
-        UserError: a number is too small, or the text does not hold so many passages, or so many
-            that end differently.
+        UserError: a number is too small, or the text does not hold so many passages of which no
+            two begin or end with the same words.
     """
     for name, number, least in (
-        ("items", num_items, 1),
         ("context-words", context_words, 1),
         ("choice-words", choice_words, 1),
         ("choices", num_choices, 2),
+        ("items", num_items, num_choices),
     ):
         if number < least:
             raise UserError(f"--{name} {number}: expected at least {least}")
     length = context_words + choice_words
     passages = []
-    endings = set()
+    contexts, endings = set(), set()
     for document in documents:
         words = document.split()
         for start in range(0, len(words) - length + 1, length):
             context = " ".join(words[start : start + context_words])
             ending = " ".join(words[start + context_words : start + length])
-            if ending not in endings:
+            if context not in contexts and ending not in endings:
+                contexts.add(context)
                 endings.add(ending)
                 passages.append((context, ending))
-    needed = max(num_items, num_choices)
-    if len(passages) < needed:
+    if len(passages) < num_items:
         raise UserError(
-            f"the text has {len(passages)} passages of {length} words with endings of their own, "
-            f"{num_items} items of {num_choices} choices need {needed}; give more text, or fewer "
-            "--items or --context-words"
+            f"the text has {len(passages)} passages of {length} words (parted by white space) that "
+            f"begin and end as no other does; {num_items} items need so many: give more text, or "
+            "fewer --items, --context-words or --choice-words"
         )
     chance = random.Random(seed)
-    chosen = chance.sample(passages, needed)
+    chosen = chance.sample(passages, num_items)
     items = []
-    for place, (context, ending) in enumerate(chosen[:num_items]):
-        others = [passage[1] for number, passage in enumerate(chosen) if number != place]
-        choices = chance.sample(others, num_choices - 1)
+    for context, ending in chosen:
+        others = (passage[1] for passage in chance.sample(chosen, num_choices))
+        choices = [other for other in others if other != ending][: num_choices - 1]
         label = chance.randrange(num_choices)
         choices.insert(label, ending)
         items.append(Choice(context=context, choices=choices, label=label))
@@ -109,7 +111,9 @@ def main(
     lines = (json.dumps(item.model_dump(), ensure_ascii=False) for item in found)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, "".join(f"{line}\n" for line in lines))
-    typer.echo(f"{out}: {len(found)} questions of {choices} choices; chance is {1 / choices:.0%}")
+    typer.echo(
+        f"{out}: {len(found)} questions of {choices} choices; chance is {1 / choices:.0%}", err=True
+    )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class ProcessGroup:
     def stop(self) -> int:
         """End the whole group, politely first, and return the leader's exit code.
 
-        It returns when nobody is left in the group: the next engine needs this one's memory.
+        It waits until nobody is left in the group, as the next engine needs this one's memory;
+        for 5 seconds at most, as ended processes that nobody reaps would keep it for ever.
         """
         try:
             self._signal(signal.SIGTERM)

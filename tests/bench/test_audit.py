@@ -18,8 +18,14 @@ from typer.testing import CliRunner
 
 from trsp.bench.audit import AuditOptions, audit, frequency_bands, summarize
 from trsp.bench.audit_cli import generation_lines, overlap_line
-from trsp.bench.audit_record import AuditRecord, Domain, Sums, read_audit_record
-from trsp.bench.audit_texts import calibration_bits, calibration_ids, refuse_calibration_text
+from trsp.bench.audit_record import (
+    AuditRecord,
+    Domain,
+    Sums,
+    read_audit_record,
+    write_audit_record,
+)
+from trsp.bench.audit_texts import calibration_bits, refuse_calibration_text, seen_text
 from trsp.bench.cli import app
 from trsp.bench.generation_checks import check_sums
 from trsp.bench.greedy_agreement import Continuation, continue_prompts, spread_prompts
@@ -477,28 +483,57 @@ def test_the_calibration_sequences_are_drawn_again(
     tokenizer = load_tokenizer(open_checkpoint(pruned))
     told = read_layer_map(pruned / "layer_map.json").calibration
     assert told is not None
-    ids = calibration_ids(pruned, tokenizer)
-    assert ids is not None
-    assert hash_ids(ids) == told["sha256"]
+    seen = seen_text(pruned, tokenizer)
+    assert seen.unknown is None
+    assert seen.input_ids is not None
+    assert hash_ids(seen.input_ids) == told["sha256"]
     here = shutil.copy(data, tmp_path / "data.txt")
-    again = calibration_ids(told_of([str(here)]), tokenizer)
+    again = seen_text(told_of([str(here)]), tokenizer).input_ids
     assert again is not None
-    assert torch.equal(again, ids)
+    assert torch.equal(again, seen.input_ids)
 
 
-@pytest.mark.parametrize("content", ["other words " * 2000, "too short", None])
-def test_calibration_text_that_became_another_is_not_compared(
-    content: str | None, told_of: Callable[..., Path], calibrated: tuple[Path, Path], tmp_path: Path
+def test_what_a_search_trained_on_is_drawn_again_from_the_field_that_was_read(
+    pico_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """It held out a part for itself, and rows have two fields."""
+    data, lines = tmp_path / "rows.jsonl", text_file.read_text().splitlines()
+    rows = (json.dumps({"text": "other words", "body": line}) for line in lines if line.strip())
+    data.write_text("\n".join(rows))
+    settings = ("calibration.num_sequences=16", "calibration.sequence_length=32",
+                "calibration.text_field=body", "auto.max_transfers=1", "transfer.steps=1",
+                "transfer.batch_size=1")  # fmt: skip
+    prune(pico_llama, tmp_path / "out", data=[data], layers=1, auto=True, settings=settings,
+          vllm="off")  # fmt: skip
+    told = read_layer_map(tmp_path / "out" / "layer_map.json").calibration
+    seen = seen_text(tmp_path / "out", load_tokenizer(open_checkpoint(tmp_path / "out")))
+    assert seen.unknown is None
+    assert seen.input_ids is not None
+    assert len(seen.input_ids) < 16
+    assert told is not None
+    assert hash_ids(seen.input_ids) == told["sha256"]
+
+
+def test_calibration_text_that_cannot_be_drawn_again_is_not_compared_and_why(
+    told_of: Callable[..., Path], calibrated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     here = Path(shutil.copy(calibrated[1], tmp_path / "data.txt"))
     tokenizer = load_tokenizer(open_checkpoint(calibrated[0]))
-    folder = told_of([str(here)])
-    if content is None:
-        here.unlink()
-    else:
-        here.write_text(content)
-    assert calibration_ids(folder, tokenizer) is None
-    assert calibration_ids(told_of(["self"]), tokenizer) is None
+
+    def unknown(source: Any) -> str:
+        seen = seen_text(told_of(source), tokenizer)
+        assert seen.input_ids is None
+        return str(seen.unknown)
+
+    assert "is not to be read here" in unknown([str(here), str(tmp_path / "gone")])
+    assert "is not to be read here" in unknown(["relative.txt"])
+    assert "wrote" in unknown(["self"])
+    here.write_text("other words " * 2000)
+    assert "hold another text by now" in unknown([str(here)])
+    here.write_text("too short")
+    assert "could not be drawn again: the calibration text has" in unknown([str(here)])
+    (told_of([str(here)]) / "layer_map.json").unlink()
+    assert "no layer map" in str(seen_text(tmp_path / "runs" / "out", tokenizer).unknown)
 
 
 def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of(
@@ -507,20 +542,33 @@ def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of
     """No file of it is a calibration file, only sentences are."""
     pruned = calibrated[0]
     tokenizer = load_tokenizer(open_checkpoint(pruned))
-    ids = calibration_ids(pruned, tokenizer)
+    ids = seen_text(pruned, tokenizer).input_ids
     assert ids is not None
     held, seen = held_out_file.read_text(), str(tokenizer.decode(ids[0].tolist()))
     mixed = tmp_path / "mixed.txt"
     mixed.write_text(held[:200] + seen + held[200:400])
     with pytest.raises(UserError, match="runs of the text held stand in the calibration text"):
         audit(options(pico_llama, pruned, mixed, prompts=0))
+    allowed = tmp_path / "allowed"
+    shutil.copytree(pruned, allowed)
+    recipe = (allowed / "recipe.yaml").read_text()
+    (allowed / "recipe.yaml").write_text(
+        recipe.replace("allow_overlap: false", "allow_overlap: true")
+    )
+    record = audit(options(pico_llama, allowed, mixed, prompts=0))
+    assert record.domains[0].overlap is not None
+    assert record.domains[0].overlap.share > 0.1
+    assert "runs of the text held stand in the calibration text" in record.warnings[0]
     mixed.write_text(held[:2000] + seen + held[2000:4000])
     record = audit(options(pico_llama, pruned, mixed, prompts=0))
     overlap = record.domains[0].overlap
     assert overlap is not None
     assert 0.01 < overlap.share < 0.1
     assert "runs of the text held stand in the calibration text" in record.warnings[0]
-    assert f"held: {overlap.share:.2%} of its 13-token runs" in overlap_line(record.domains[0])
+    line = overlap_line(record.domains[0], record.overlap_unknown)
+    assert line.startswith(f"held: {overlap.share:.2%} of its 13-token runs")
+    write_audit_record(tmp_path / "audit.json", record)
+    assert read_audit_record(tmp_path / "audit.json") == record
     mixed.write_text("".join(random.Random(0).choices("abcdefgh ", k=2000)))
     record = audit(options(pico_llama, pruned, mixed, prompts=0))
     assert record.domains[0].overlap is not None
@@ -531,9 +579,12 @@ def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of
 def test_an_overlap_that_could_not_be_measured_is_said(
     pico_llama: Path, shallow: Path, held_out_file: Path
 ) -> None:
-    (domain,) = audit(options(pico_llama, shallow, held_out_file, prompts=0)).domains
-    assert domain.overlap is None
-    assert "was not measured" in overlap_line(domain)
+    record = audit(options(pico_llama, shallow, held_out_file, prompts=0))
+    assert record.domains[0].overlap is None
+    line = overlap_line(record.domains[0], record.overlap_unknown)
+    assert line.endswith(
+        "not measured: the pruned folder has no layer map that names calibration text"
+    )
 
 
 def test_text_that_the_dense_model_hardly_knows_is_warned_of(

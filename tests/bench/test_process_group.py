@@ -145,6 +145,37 @@ def test_stop_returns_when_nobody_of_the_group_is_left(
         assert stand_in.group_members(group.process.pid) == []
 
 
+@pytest.mark.parametrize(("alive", "least"), [(3, 4), (10**9, 5)])
+def test_stop_waits_for_those_that_are_still_dying_but_not_for_ever(
+    alive: int,
+    least: int,
+    started: list[ProcessGroup],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the kernel says of the group is played: alive so many times, then gone."""
+    asked: list[int] = []
+    really = os.killpg
+
+    def killpg(group: int, number: int) -> None:
+        if number:
+            really(group, number)
+            return
+        asked.append(group)
+        if len(asked) > alive:
+            raise ProcessLookupError
+
+    monkeypatch.setattr(process_group.os, "killpg", killpg)
+    monkeypatch.setattr(process_group, "_DYING_SECONDS", 0.5)
+    group = start(started, tmp_path, SAY_READY)
+    wait_for_lines(group.log, 1)
+    before = time.monotonic()
+    group.stop()
+    assert len(asked) >= least
+    assert set(asked) == {group.process.pid}
+    assert time.monotonic() - before < 15
+
+
 def test_ctrl_c_during_the_grace_does_not_leave_a_deaf_process(
     started: list[ProcessGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
