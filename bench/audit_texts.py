@@ -14,7 +14,7 @@ from trsp.pruner.errors import UserError
 from trsp.pruner.held_out import hold_out
 from trsp.pruner.layer_map import read_layer_map
 from trsp.pruner.progress import Progress, silent
-from trsp.pruner.recipe import read_recipe
+from trsp.pruner.recipe import build_recipe
 from trsp.pruner.self_text import SELF
 from trsp.pruner.text_checks import (
     WARNED_SHARE,
@@ -72,7 +72,7 @@ def seen_text(
     They are the same ones, by their hash in the layer map, or none.
 
     Raises:
-        UserError: layer map, report or recipe is broken.
+        UserError: layer map or report is broken.
     """
     path = pruned / _LAYER_MAP_NAME
     told = read_layer_map(path, sublayers=True).calibration if path.is_file() else None
@@ -87,28 +87,25 @@ def seen_text(
     if not (isinstance(count, int) and isinstance(length, int) and isinstance(seed, int)):
         return SeenText(None, "the layer map does not say how the calibration text was drawn")
     recipe = pruned / _RECIPE_NAME
-    asked: dict[str, Any] = read_recipe(recipe) if recipe.is_file() else {}
-    settings = asked.get("calibration") or {}
-    search = asked.get("auto")
     try:
+        asked = build_recipe(file=recipe if recipe.is_file() else None)
         drawn = build_calibration(
             [file for source in sources for file in source],
             tokenizer,
             # A search keeps a part of what it draws for itself.
-            num_sequences=count if search is None else settings["num_sequences"],
+            num_sequences=count if asked.auto is None else asked.calibration.num_sequences,
             sequence_length=length,
             seed=seed,
-            text_field=settings.get("text_field", "text"),
+            text_field=asked.calibration.text_field,
             progress=progress,
         )
+        if asked.auto is not None:
+            drawn = hold_out(drawn, asked.auto.held_out, seed).training
     except UserError as error:
         return SeenText(None, f"the calibration text could not be drawn again: {error}")
-    if search is not None:
-        drawn = hold_out(drawn, search["held_out"], seed).training
     if drawn.sha256 != told.get("sha256"):
         return SeenText(None, "the calibration files hold another text by now")
-    allowed = bool((asked.get("evaluation") or {}).get("allow_overlap"))
-    return SeenText(drawn.input_ids, allowed=allowed)
+    return SeenText(drawn.input_ids, allowed=asked.evaluation.allow_overlap)
 
 
 def overlaps(

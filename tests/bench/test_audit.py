@@ -532,6 +532,11 @@ def test_calibration_text_that_cannot_be_drawn_again_is_not_compared_and_why(
     assert "hold another text by now" in unknown([str(here)])
     here.write_text("too short")
     assert "could not be drawn again: the calibration text has" in unknown([str(here)])
+    recipe = told_of([str(here)]) / "recipe.yaml"
+    recipe.write_text("calibration: 3")
+    assert "could not be drawn again: " in unknown([str(here)])
+    assert "calibration" in unknown([str(here)])
+    recipe.unlink()
     (told_of([str(here)]) / "layer_map.json").unlink()
     assert "no layer map" in str(seen_text(tmp_path / "runs" / "out", tokenizer).unknown)
 
