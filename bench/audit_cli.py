@@ -143,8 +143,8 @@ def show_audit(record: "AuditRecord") -> None:
                 f"{of.worst_increase:+.2f}",
             )
     console.print(bands)
-    for domain in record.domains:
-        console.print(overlap_line(domain, record.overlap_unknown), markup=False)
+    for line in record.overlap_lines():
+        console.print(line, markup=False)
     for domain in record.domains:
         for example in domain.examples[:3]:
             console.print(
@@ -166,16 +166,6 @@ def show_audit(record: "AuditRecord") -> None:
         )
     if record.passed is not None:
         console.print("accepted" if record.passed else "NOT accepted")
-
-
-def overlap_line(domain: "Domain", unknown: str | None) -> str:
-    """How much of a text the pruned model has seen, or why nobody could tell."""
-    if domain.overlap is None:
-        return f"{domain.name}: overlap with the calibration text was not measured: {unknown}"
-    return (
-        f"{domain.name}: {domain.overlap.share:.2%} of its {domain.overlap.n}-token runs stand in "
-        "the calibration text"
-    )
 
 
 def generation_lines(domain: "Domain") -> list[str]:

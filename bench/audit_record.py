@@ -284,6 +284,18 @@ class AuditRecord(_Frozen):
     warnings: list[str] = []
     overlap_unknown: str | None = None
 
+    def overlap_lines(self) -> tuple[str, ...]:
+        """How much of each text the pruned model has seen, or why nobody could tell."""
+        known = [(domain.name, domain.overlap) for domain in self.domains if domain.overlap]
+        if not known:
+            why = self.overlap_unknown or "the record is of before it was"
+            return (f"Overlap with the calibration text was not measured: {why}.",)
+        return tuple(
+            f"{name}: {overlap.share:.2%} of its {overlap.n}-token runs stand in the calibration "
+            "text."
+            for name, overlap in known
+        )
+
 
 def read_audit_record(path: Path) -> AuditRecord:
     """Read a record.   Raises: UserError: it is none of this schema."""

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from trsp.bench.task_file import Choice
+from trsp.bench.task_file import MAX_FILE_BYTES, Choice
 from trsp.pruner.console import ErrorsAsExitCodes
 from trsp.pruner.durable import atomic_write
 from trsp.pruner.errors import UserError
@@ -109,8 +109,14 @@ def main(
         seed=seed,
     )
     lines = (json.dumps(item.model_dump(), ensure_ascii=False) for item in found)
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(
+            f"the task would have {len(content)} bytes, a task file at most {MAX_FILE_BYTES}: give "
+            "fewer --items, --context-words or --choice-words"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, "".join(f"{line}\n" for line in lines))
+    atomic_write(out, content)
     typer.echo(
         f"{out}: {len(found)} questions of {choices} choices; chance is {1 / choices:.0%}", err=True
     )

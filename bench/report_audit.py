@@ -32,7 +32,11 @@ def audit_chapter(place: int, record: AuditRecord, path: Path, sha256: str) -> C
     lines = generation_lines(record)
     parts = [
         Part("Acceptance", acceptance_lines(record), _filled(criteria_table(record))),
-        Part("What was lost, by text", (_ABOUT,), _filled(domains_table(record))),
+        Part(
+            "What was lost, by text",
+            (_ABOUT, *record.overlap_lines()),
+            _filled(domains_table(record)),
+        ),
         Part("Rare tokens", tables=_filled(bands_table(record))),
         Part("Generation", tuple(lines), _filled(generation_table(record))),
         Part("Tokens that lost most", tables=_filled(examples_table(record))),
@@ -63,6 +67,7 @@ def readme_parts(record: AuditRecord) -> tuple[tuple[str, ...], list[str], list[
     sentences = [
         *warnings,
         compared(record),
+        *record.overlap_lines(),
         *acceptance_lines(record),
         *map(finding, record.domains),
     ]

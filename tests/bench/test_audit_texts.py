@@ -13,7 +13,6 @@ import torch
 from typer.testing import CliRunner
 
 from trsp.bench.audit import AuditOptions, audit
-from trsp.bench.audit_cli import overlap_line
 from trsp.bench.audit_record import AuditRecord, read_audit_record, write_audit_record
 from trsp.bench.audit_texts import calibration_bits, refuse_calibration_text, seen_text
 from trsp.bench.cli import app
@@ -214,7 +213,7 @@ def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of
     assert overlap is not None
     assert 0.01 < overlap.share < 0.1
     assert "runs of the text held stand in the calibration text" in record.warnings[0]
-    line = overlap_line(record.domains[0], record.overlap_unknown)
+    (line,) = record.overlap_lines()
     assert line.startswith(f"held: {overlap.share:.2%} of its 13-token runs")
     write_audit_record(tmp_path / "audit.json", record)
     assert read_audit_record(tmp_path / "audit.json") == record
@@ -233,9 +232,9 @@ def test_an_overlap_that_could_not_be_measured_is_said(
     shallow = compact(pico_llama, layer_map, tmp_path / "shallow")
     record = audited(pico_llama, shallow, held_out_file)
     assert record.domains[0].overlap is None
-    line = overlap_line(record.domains[0], record.overlap_unknown)
+    (line,) = record.overlap_lines()
     assert line.endswith(
-        "not measured: the pruned folder has no layer map that names calibration text"
+        "not measured: the pruned folder has no layer map that names calibration text."
     )
 
 

@@ -70,7 +70,7 @@ def test_numbers_that_cannot_be(numbers: dict[str, int], message: str) -> None:
         continuation_items(DOCUMENTS, **{**usual, **numbers})
 
 
-def test_the_command_writes_a_task_file(tmp_path: Path) -> None:
+def test_the_command_writes_a_task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "made" / "goes_on.jsonl"
     text.write_text(" ".join(f"wört{number}" for number in range(600)))
     words = ["--text", str(text), "--out", str(out), "--items", "9"]
@@ -78,6 +78,11 @@ def test_the_command_writes_a_task_file(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "9 questions of 4 choices; chance is 25%" in found.output
     assert len(read_task_file(out).items) == 9
+    monkeypatch.setattr("trsp.bench.continuation_task.MAX_FILE_BYTES", 100)
+    large = CliRunner().invoke(app, [*words[:3], str(tmp_path / "large.jsonl"), *words[4:]])
+    assert large.exit_code == 2
+    assert "a task file at most 100: give fewer --items" in large.output
+    assert not (tmp_path / "large.jsonl").exists()
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 2
     assert CliRunner().invoke(app, [*words[:3], str(tmp_path / "task.json")]).exit_code == 2

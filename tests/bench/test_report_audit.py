@@ -25,6 +25,7 @@ from trsp.bench.audit_record import (
     Losses,
     Outcome,
     Paired,
+    SharedText,
     Sums,
     write_audit_record,
 )
@@ -351,6 +352,32 @@ def test_what_speaks_against_the_texts_stands_before_the_numbers(tmp_path: Path)
     text = page_of(record, tmp_path).text
     assert 0 < text.index("the text is odd") < text.index("What was lost, by text")
     assert "- Warning: the text is odd." in markdown_of(read_inputs([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "not measured: the record is of before it was."),
+        ({"overlap_unknown": "the files are gone"}, "was not measured: the files are gone."),
+        ({"domains": "seen"}, "wiki: 2.50% of its 13-token runs stand in the calibration text."),
+    ],
+)
+def test_the_overlap_with_the_calibration_text_is_told(
+    changes: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    if changes.get("domains"):
+        shared = SharedText(
+            n=13,
+            num_ngrams=400,
+            share=0.025,
+            calibration_share=0.1,
+            longest_run=15,
+            longest_start=7,
+        )
+        seen = [one.model_copy(update={"overlap": shared}) for one in build().domains]
+        changes = {"domains": seen}
+    assert line in page_of(build(**changes), tmp_path).text
+    assert f"{line}\n" in markdown_of(read_inputs([tmp_path]))
 
 
 def test_records_of_all_kinds_share_a_page(tmp_path: Path, report_records: ModuleType) -> None:
