@@ -69,6 +69,24 @@ def check_number(gated: GatedModel, num_to_remove: int) -> None:
         )
 
 
+def removable_layers(
+    gated: GatedModel, num_to_remove: int, never: Collection[int]
+) -> tuple[int, ...]:
+    """All layers but those of `never`.
+
+    Raises:
+        UserError: num_to_remove is not in 1..L-1, or more than may go.
+    """
+    check_number(gated, num_to_remove)
+    removable = tuple(layer for layer in range(gated.num_layers) if layer not in never)
+    if num_to_remove > len(removable):
+        raise UserError(
+            f"{num_to_remove} layers are to go, {len(removable)} are not protected "
+            "(selection.protected); protect fewer or remove fewer"
+        )
+    return removable
+
+
 @torch.no_grad()
 def block_cosines(
     gated: GatedModel,
@@ -112,13 +130,7 @@ def random_layers(
     never: Collection[int] = (),
 ) -> tuple[int, ...]:
     """A permutation of all layers but those of `never`, drawn with `seed`, from its beginning."""
-    check_number(gated, num_to_remove)
-    removable = [layer for layer in range(gated.num_layers) if layer not in never]
-    if num_to_remove > len(removable):
-        raise UserError(
-            f"{num_to_remove} layers are to go, {len(removable)} are not protected "
-            "(selection.protected); protect fewer or remove fewer"
-        )
+    removable = removable_layers(gated, num_to_remove, never)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(removable), generator=generator).tolist()
     return tuple(removable[place] for place in order[:num_to_remove])

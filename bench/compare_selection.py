@@ -105,8 +105,9 @@ class Chooser:
         by_loss = method.selection in ("sleb", "one_shot_loss")
         sample = self.recipe.selection.verification_sequences if by_loss else len(self.input_ids)
         # Chance would lose by the layers that every other choice avoids, and tell nothing else.
+        # Joint gates are gates of this product, whose layers are protected.
         words: dict[str, Any] = {}
-        if method.selection == "random":
+        if method.selection in ("random", "joint_gates"):
             words["never"] = self._protected(self.recipe)
         with ComputeMeter(self.device) as meter, GatedModel(self.model) as gated:
             order = {**SELECTORS, "joint_gates": joint_gates}[method.selection](

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from trsp.bench import baseline_joint
-from trsp.bench.baseline_joint import _straight_through, joint_gates
+from trsp.bench.baseline_joint import _straight_through, joint_gates, soft_gates
 from trsp.pruner.errors import RunError, UserError
 from trsp.pruner.gated_model import GatedModel
 
@@ -45,14 +44,42 @@ def test_idle_layers_are_found(llama: PreTrainedModel, tokens: Tensor) -> None:
         assert set(joint_gates(gated, tokens, num_to_remove=2, seed=0)) == IDLE
 
 
-def test_a_gate_is_closed_or_open_and_its_gradient_is_a_sigmoids() -> None:
+def test_what_must_stay_stays(llama: PreTrainedModel, tokens: Tensor) -> None:
+    with GatedModel(llama) as gated:
+        found = joint_gates(gated, tokens, num_to_remove=2, seed=0, never={2})
+        assert 4 in found
+        assert 2 not in found
+        with pytest.raises(UserError, match="3 layers are to go, 2 are not protected"):
+            joint_gates(gated, tokens, num_to_remove=3, seed=0, never={0, 1, 2, 3})
+
+
+def test_a_gate_is_closed_or_open_and_its_gradient_is_the_soft_gates() -> None:
     scores = torch.tensor([0.3, -1.0, 2.0, 0.1], requires_grad=True)
+    worth = torch.tensor([1.0, 2.0, 4.0, 8.0])
     gates = _straight_through(scores, 2)
     torch.testing.assert_close(gates.detach(), torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    gates.sum().backward()  # type: ignore[no-untyped-call]
-    soft = torch.sigmoid((scores.detach() - 0.2) / baseline_joint.TEMPERATURE)
+    (gates @ worth).backward()  # type: ignore[no-untyped-call]
+    soft = scores.detach().requires_grad_()
+    (soft_gates(soft, 2) @ worth).backward()  # type: ignore[no-untyped-call]
     assert scores.grad is not None
-    torch.testing.assert_close(scores.grad, soft * (1 - soft) / baseline_joint.TEMPERATURE)
+    torch.testing.assert_close(scores.grad, soft.grad)
+    assert scores.grad.abs().max() > 0.1
+    # The number of open gates does not depend on the scores: one opens as another closes.
+    torch.testing.assert_close(scores.grad.sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_soft_gates_keep_the_budget_and_their_threshold_follows() -> None:
+    scores = torch.tensor([0.4, -1.2, 2.0, 0.1, -0.3], dtype=torch.float64, requires_grad=True)
+    soft = soft_gates(scores, 2)
+    torch.testing.assert_close(soft.sum(), torch.tensor(3.0, dtype=torch.float64))
+    assert soft.argsort().equal(scores.argsort())
+    assert torch.autograd.gradcheck(lambda given: soft_gates(given, 2), (scores,))
+
+
+def test_soft_gates_are_gates_where_scores_are_apart() -> None:
+    apart = soft_gates(torch.tensor([0.0, 40.0, -30.0, 80.0, 20.0]), 2)
+    torch.testing.assert_close(apart, torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(soft_gates(torch.zeros(5), 2), torch.full((5,), 0.6))
 
 
 def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: Tensor) -> None:
