@@ -286,14 +286,13 @@ class AuditRecord(_Frozen):
 
     def overlap_lines(self) -> tuple[str, ...]:
         """How much of each text the pruned model has seen, or why nobody could tell."""
-        known = [(domain.name, domain.overlap) for domain in self.domains if domain.overlap]
-        if not known:
-            why = self.overlap_unknown or "the record is of before it was"
-            return (f"Overlap with the calibration text was not measured: {why}.",)
+        why = self.overlap_unknown or "the record was written before this was measured"
         return tuple(
-            f"{name}: {overlap.share:.2%} of its {overlap.n}-token runs stand in the calibration "
-            "text."
-            for name, overlap in known
+            f"{one.name}: overlap with the calibration sequences was not measured: {why}."
+            if one.overlap is None
+            else f"{one.name}: {100 * one.overlap.share:.2g} % of its {one.overlap.n}-token runs "
+            "stand in the calibration sequences."
+            for one in self.domains
         )
 
 

@@ -24,7 +24,7 @@ from trsp.pruner.progress import Progress
 from trsp.pruner.recipe import Recipe
 
 # Raised whenever a kept result would come out otherwise if it were made again.
-CELLS_VERSION = 3
+CELLS_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class Chooser:
         # A masked loss is taken on as many sequences as TRSP's own verification sees.
         by_loss = method.selection in ("sleb", "one_shot_loss")
         sample = self.recipe.selection.verification_sequences if by_loss else len(self.input_ids)
-        # Chance would lose by the layers that every other choice avoids, and tell nothing else.
-        # Joint gates are gates of this product, whose layers are protected.
+        # Chance would lose by the layers that every other choice avoids, and tell nothing else; the
+        # joint gates stand for a way to train gates, beside those that TRSP trains with protection.
         words: dict[str, Any] = {}
         if method.selection in ("random", "joint_gates"):
             words["never"] = self._protected(self.recipe)

@@ -113,7 +113,7 @@ def main(
     if len(content) > MAX_FILE_BYTES:
         raise UserError(
             f"the task would have {len(content)} bytes, a task file at most {MAX_FILE_BYTES}: give "
-            "fewer --items, --context-words or --choice-words"
+            "fewer --items, --choices, --context-words or --choice-words"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, content)

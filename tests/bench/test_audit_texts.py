@@ -214,7 +214,7 @@ def test_text_with_much_of_the_calibration_text_is_refused_and_some_is_warned_of
     assert 0.01 < overlap.share < 0.1
     assert "runs of the text held stand in the calibration text" in record.warnings[0]
     (line,) = record.overlap_lines()
-    assert line.startswith(f"held: {overlap.share:.2%} of its 13-token runs")
+    assert line.startswith(f"held: {100 * overlap.share:.2g} % of its 13-token runs stand in")
     write_audit_record(tmp_path / "audit.json", record)
     assert read_audit_record(tmp_path / "audit.json") == record
     mixed.write_text("".join(random.Random(0).choices("abcdefgh ", k=2000)))

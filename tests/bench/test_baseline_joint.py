@@ -49,6 +49,7 @@ def test_what_must_stay_stays(llama: PreTrainedModel, tokens: Tensor) -> None:
         found = joint_gates(gated, tokens, num_to_remove=2, seed=0, never={2})
         assert 4 in found
         assert 2 not in found
+        assert joint_gates(gated, tokens, num_to_remove=2, seed=0, never={0, 1, 2, 3}) == (4, 5)
         with pytest.raises(UserError, match="3 layers are to go, 2 are not protected"):
             joint_gates(gated, tokens, num_to_remove=3, seed=0, never={0, 1, 2, 3})
 
@@ -57,7 +58,7 @@ def test_a_gate_is_closed_or_open_and_its_gradient_is_the_soft_gates() -> None:
     scores = torch.tensor([0.3, -1.0, 2.0, 0.1], requires_grad=True)
     worth = torch.tensor([1.0, 2.0, 4.0, 8.0])
     gates = _straight_through(scores, 2)
-    torch.testing.assert_close(gates.detach(), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert gates.tolist() == [1, 0, 1, 0]
     (gates @ worth).backward()  # type: ignore[no-untyped-call]
     soft = scores.detach().requires_grad_()
     (soft_gates(soft, 2) @ worth).backward()  # type: ignore[no-untyped-call]
@@ -72,7 +73,6 @@ def test_soft_gates_keep_the_budget_and_their_threshold_follows() -> None:
     scores = torch.tensor([0.4, -1.2, 2.0, 0.1, -0.3], dtype=torch.float64, requires_grad=True)
     soft = soft_gates(scores, 2)
     torch.testing.assert_close(soft.sum(), torch.tensor(3.0, dtype=torch.float64))
-    assert soft.argsort().equal(scores.argsort())
     assert torch.autograd.gradcheck(lambda given: soft_gates(given, 2), (scores,))
 
 
@@ -82,6 +82,15 @@ def test_soft_gates_are_gates_where_scores_are_apart() -> None:
     torch.testing.assert_close(soft_gates(torch.zeros(5), 2), torch.full((5,), 0.6))
 
 
+def test_an_open_layer_far_away_still_hears_of_the_others() -> None:
+    """In float32 the gates would sum to the budget for a whole range of thresholds."""
+    scores = torch.tensor([0.0, 40.0, -1.0, 41.0], requires_grad=True)
+    soft_gates(scores, 2)[1].backward()  # type: ignore[no-untyped-call]
+    assert scores.grad is not None
+    assert 1e-10 < scores.grad[1] < 1e-7
+    torch.testing.assert_close(-scores.grad[0] - scores.grad[2:].sum(), scores.grad[1])
+
+
 def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: Tensor) -> None:
     before = copy.deepcopy(llama.state_dict())
     frozen = next(llama.parameters())
@@ -89,6 +98,7 @@ def test_the_model_is_left_as_it_was(llama: PreTrainedModel, tokens: Tensor) -> 
     with GatedModel(llama) as gated:
         first = joint_gates(gated, tokens, num_to_remove=3, seed=0)
         assert gated.gates is None
+        assert gated.gated == frozenset()
         assert joint_gates(gated, tokens, num_to_remove=3, seed=0) == first
     assert all(value.equal(before[name]) for name, value in llama.state_dict().items())
     assert not frozen.requires_grad

@@ -117,6 +117,17 @@ def test_every_method_gives_a_cell(
     assert transfer.training.tokens == 6 * 2 * 16
 
 
+@pytest.mark.parametrize("name", ["random", "joint_gates"])
+def test_chance_and_joint_gates_leave_protected_layers(
+    name: str, pico_llama: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = options(pico_llama, texts, tmp_path, methods=methods(name), num_removed=(2,))
+    selection = asked.recipe.selection.model_copy(update={"protected": (0, 1, 2, 5)})
+    recipe = asked.recipe.model_copy(update={"selection": selection})
+    (cell,) = last(run_compare(replace(asked, recipe=recipe))).cells
+    assert set(cell.removal_order) == {3, 4}
+
+
 def test_no_cell_leaves_a_trace_on_the_next(
     pico_llama: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -357,9 +357,12 @@ def test_what_speaks_against_the_texts_stands_before_the_numbers(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({}, "not measured: the record is of before it was."),
+        ({}, "not measured: the record was written before this was measured."),
         ({"overlap_unknown": "the files are gone"}, "was not measured: the files are gone."),
-        ({"domains": "seen"}, "wiki: 2.50% of its 13-token runs stand in the calibration text."),
+        (
+            {"domains": "seen"},
+            "wiki: 2.5 % of its 13-token runs stand in the calibration sequences.",
+        ),
     ],
 )
 def test_the_overlap_with_the_calibration_text_is_told(
