@@ -13,6 +13,7 @@ from trsp.bench.report_inputs import read_inputs
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "records"
 WAYS_TO_TRAIN = ("trsp+transfer", "trsp+distil", "trsp+finetune")
+VALIDATION_BOOKS = "61ce46929de11a7cf2cf8ee0687070c49127e2619e96656319039db7f3fe5c94"
 # <!-- compare-base20.json: 5 of 20 layers gone (25.0%) --> and the table behind it.
 TABLE = re.compile(r"^<!-- (\S+\.json): (.+) -->\n\n((?:\|.*\n)+)", re.MULTILINE)
 
@@ -36,11 +37,15 @@ def test_the_table_of_rates_is_the_records() -> None:
     """Its cells are perplexity / KL on the books, by depth and then by way to train."""
     text = (ROOT / "README.md").read_text("utf-8")
     (table,) = re.findall(r"^<!-- rates -->\n((?:\|.*\n)+)", text, re.MULTILINE)
-    rows = [line.strip("|\n ").split(" | ") for line in table.splitlines()[2:]]
+    head, _, *rows = [line.strip("|\n ").split(" | ") for line in table.splitlines()]
+    ways = product((4, 8), ("TRSP", "distil", "finetune"))
+    assert head == ["rate", *(f"{way}, {depth} gone" for depth, way in ways)]
     assert [row[0] for row in rows] == ["1e-4", "3e-4", "7.8e-4", "1.6e-3"]
     for rate, *cells in rows:
         name = "default" if rate == "7.8e-4" else rate
         record = read_compare_record(RECORDS / f"compare-rate-{name}-valid.json")
+        assert record.seeds == (0,)
+        assert record.protocols["books"]["text_sha256"] == VALIDATION_BOOKS
         asked = record.recipe["transfer"]["learning_rate"]
         assert asked == (None if name == "default" else float(rate))
         found = {(cell.num_removed, cell.method): cell.quality for cell in record.cells}
